@@ -1,0 +1,55 @@
+"""What a worker is told when it is made: its name, its model, its memory, its timers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from protos.types import Role
+
+
+@dataclass(frozen=True, slots=True)
+class EngineConfig:
+    """How one worker computes. Sizes in tokens unless the name says bytes."""
+
+    model: str
+    dtype: str = "float32"
+    device: str = "cpu"
+    num_threads: int = 1
+    max_model_len: int | None = None  # None: what the model's config says
+    max_num_batched_tokens: int = 512
+    max_num_seqs: int = 64
+    block_size: int = 64
+    hash_block_size: int = 64
+    kv_cache_bytes: int = 256 << 20
+    num_blocks: int | None = None  # overrides kv_cache_bytes
+    enable_prefix_caching: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("num_threads", "max_num_batched_tokens", "max_num_seqs", "block_size", "hash_block_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if self.block_size % self.hash_block_size:
+            raise ValueError(
+                f"block_size {self.block_size} is not a multiple of hash_block_size {self.hash_block_size}"
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class LeaseConfig:
+    """A worker that has heard from no router for lease_s fences itself; one whose step lasts longer than max_step_s no
+    longer vouches for itself."""
+
+    heartbeat_interval_s: float = 0.25
+    lease_s: float = 1.5
+    max_step_s: float = 60.0
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerSpec:
+    worker_id: str
+    incarnation: str
+    role: Role
+    engine: EngineConfig
+    hash_key: bytes = field(repr=False)
+    lease: LeaseConfig = field(default_factory=LeaseConfig)
+    bind_host: str = "127.0.0.1"

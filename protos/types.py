@@ -1,0 +1,190 @@
+"""What routers and workers say to each other, as frozen values. Knows no stubs: protos/codec.py turns these into wire
+messages, and pure code (schedulers, router, simulator) uses them as they are."""
+
+from __future__ import annotations
+
+from array import array
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+PROTOCOL_VERSION = 1
+
+
+class FinishReason(StrEnum):
+    STOP = "stop"
+    LENGTH = "length"
+    ABORT = "abort"
+    ERROR = "error"
+
+
+class Role(StrEnum):
+    PREFILL = "prefill"
+    DECODE = "decode"
+
+
+class ServingMode(StrEnum):
+    DISAGGREGATED = "disaggregated"
+    LOCAL = "local"
+    RECOMPUTED = "recomputed"
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """Validated by the router; workers trust it. Temperature 0 is greedy, top_k 0 is off."""
+
+    temperature: float
+    top_p: float
+    top_k: int
+    seed: int
+    max_tokens: int  # of the whole output, earlier attempts included
+    stop_token_ids: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class PeerRef:
+    """One life of one worker, and where its internal service listens."""
+
+    worker_id: str
+    incarnation: str
+    address: str
+    role: Role
+
+
+@dataclass(frozen=True, slots=True)
+class Handoff:
+    """One planned transfer and the worker at its other end."""
+
+    transfer_id: bytes  # 128 random bits, used once
+    peer: PeerRef
+
+
+@dataclass(frozen=True, slots=True)
+class GenerateRequest:
+    """One attempt at one request, as a worker receives it."""
+
+    request_id: str
+    client_request_id: str
+    attempt: int
+    token_ids: array[int]  # type code "i": the prompt, then output committed by earlier attempts
+    num_prompt_tokens: int
+    sampling_params: SamplingParams
+    tenant: str = ""
+    cache_salt: bytes = b""
+    priority: int = 0
+    deadline_s: float | None = None  # remaining at the time of sending
+    choice_index: int = 0
+    handoff_to: Handoff | None = None  # None: the worker that prefills also decodes
+    handoff_from: Handoff | None = None  # set at the worker that awaits the KV
+    home_worker_ids: tuple[str, ...] = ()
+    trace_context: str = ""
+
+    @property
+    def num_committed_tokens(self) -> int:
+        """Output tokens that came with the request: the index this attempt resumes at."""
+        return len(self.token_ids) - self.num_prompt_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Abort:
+    request_id: str
+    attempt: int
+
+
+@dataclass(frozen=True, slots=True)
+class Retarget:
+    request_id: str
+    attempt: int
+    handoff_to: Handoff | None  # None: decode where the prefill ran
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerAccount:
+    """What one worker did for one request; sent with its last output for it."""
+
+    num_cached_tokens: int = 0
+    queued_s: float = 0.0
+    prefill_s: float = 0.0
+    num_preemptions: int = 0
+    num_kv_bytes: int = 0
+    transfer_s: float = 0.0
+    transfer_exposed_s: float = 0.0
+    num_held_tokens: int = 0
+    mode: ServingMode | None = None  # set by the worker that decodes
+    mode_reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class TokenOutput:
+    request_id: str
+    attempt: int
+    index: int  # of token_ids[0] in the whole output
+    token_ids: tuple[int, ...]
+    finish_reason: FinishReason | None = None
+    account: WorkerAccount | None = None
+    error: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class HandoffRefused:
+    request_id: str
+    attempt: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerStats:
+    num_running: int = 0
+    num_waiting: int = 0
+    num_blocks: int = 0
+    num_free_blocks: int = 0
+    num_cached_blocks: int = 0
+    num_held_blocks: int = 0
+    num_leased_blocks: int = 0
+    ledger_balanced: bool = True
+    num_pending_prefill_tokens: int = 0
+    prefill_s_per_token: float = 0.0
+    warm_links: tuple[str, ...] = ()
+    num_steps: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerReport:
+    """One frame from a worker, without its hello."""
+
+    heartbeat: int = 0
+    outputs: tuple[TokenOutput, ...] = ()
+    refusals: tuple[HandoffRefused, ...] = ()
+    stats: WorkerStats | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class RouterCommand:
+    """One frame to a worker, without its hello."""
+
+    heartbeat: int = 0
+    membership_version: int = 0
+    members: tuple[PeerRef, ...] | None = None  # None: unchanged
+    submits: tuple[GenerateRequest, ...] = ()
+    aborts: tuple[Abort, ...] = ()
+    retargets: tuple[Retarget, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class KVLayout:
+    """What two workers must agree on before KV may move between them. Block-major:
+    [num_blocks, num_layers, 2, block_size, num_kv_heads, head_dim], so one block is one contiguous run."""
+
+    model_fingerprint: str
+    dtype: str
+    num_layers: int
+    num_kv_heads: int
+    head_dim: int
+    block_size: int  # tokens
+    hash_block_size: int  # tokens
+    tp_rank: int = 0
+    tp_size: int = 1
+    itemsize: int = field(default=4)
+
+    @property
+    def block_nbytes(self) -> int:
+        return self.num_layers * 2 * self.block_size * self.num_kv_heads * self.head_dim * self.itemsize
