@@ -38,7 +38,7 @@ class EngineThread:
         self._stopping = False
         self._wake = threading.Condition()
         self._step_started_at: float | None = None
-        self.stats = core.stats()
+        self.stats: WorkerStats = core.stats()
         self._stats_due_at = 0.0
         self._thread = threading.Thread(target=self._run, name="twinring-engine", daemon=True)
 
@@ -96,7 +96,7 @@ class EngineThread:
         if effects:
             self._deliver(effects)
         if now >= self._stats_due_at:
-            self.stats: WorkerStats = self._core.stats()
+            self.stats = self._core.stats()
             self._stats_due_at = now + STATS_INTERVAL_S
 
     def _step(self) -> bool:

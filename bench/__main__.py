@@ -1,0 +1,44 @@
+"""`python -m bench`: lists the benchmarks, or runs one and shows its figures."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from rich.console import Console
+
+from bench.harness import benchmark_names, load_benchmark, print_table, to_json
+
+
+def print_list(console: Console) -> None:
+    names = benchmark_names()
+    for name in names:
+        console.print(f"{name:<20} {load_benchmark(name).DESCRIPTION}", markup=False, highlight=False)
+    if not names:
+        console.print("no benchmarks yet")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="scripts/bench", description="Lists the benchmarks, or runs one.")
+    parser.add_argument("name", nargs="?", help="which one; without it, lists them")
+    parser.add_argument("--quick", action="store_true", help="fewer and smaller runs: does it work, not how fast")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
+    arguments = parser.parse_args()
+    console = Console()
+    if arguments.name is None:
+        print_list(console)
+        return 0
+    try:
+        benchmark = load_benchmark(arguments.name)
+    except ValueError as error:
+        parser.error(str(error))
+    figures = benchmark.run(quick=arguments.quick)
+    if arguments.json:
+        print(to_json(arguments.name, figures))
+    else:
+        print_table(console, arguments.name, figures)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,131 @@
+"""What a benchmark is, and how its figures are timed and shown. Knows nothing of what is measured.
+
+A benchmark is a module bench/<name>.py with DESCRIPTION, one line, and run(quick) -> list[Figure]."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from importlib import import_module
+from importlib.metadata import version
+from pathlib import Path
+from pkgutil import iter_modules
+from typing import Literal, Protocol, cast
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+
+@dataclass(frozen=True, slots=True)
+class Figure:
+    """One measured value. A figure without a target is there to be read, not to pass."""
+
+    key: str
+    value: float
+    unit: str
+    target: float | None = None
+    better: Literal["higher", "lower"] = "higher"
+    note: str = ""
+
+    @property
+    def meets_target(self) -> bool | None:
+        """None where there is no target."""
+        if self.target is None:
+            return None
+        return self.value >= self.target if self.better == "higher" else self.value <= self.target
+
+
+class Benchmark(Protocol):
+    DESCRIPTION: str
+
+    def run(self, quick: bool) -> list[Figure]: ...
+
+
+# --- discovery ----------------------------------------------------------------------------------------------------
+
+
+def benchmark_names() -> list[str]:
+    modules = (module.name for module in iter_modules([str(Path(__file__).parent)]))
+    return sorted(name for name in modules if name != "harness" and not name.startswith("_"))
+
+
+def load_benchmark(name: str) -> Benchmark:
+    """ValueError where there is no benchmark of that name."""
+    if name not in benchmark_names():
+        raise ValueError(f"no benchmark named {name!r}; there are: {', '.join(benchmark_names()) or 'none'}")
+    return cast(Benchmark, import_module(f"bench.{name}"))
+
+
+# --- timing -------------------------------------------------------------------------------------------------------
+
+
+def time_of(fn: Callable[[], object]) -> float:
+    """Wall time of one call, in seconds."""
+    started_at = time.perf_counter()
+    fn()
+    return time.perf_counter() - started_at
+
+
+def median_of(n: int, fn: Callable[[], float]) -> float:
+    """Median of n values of fn."""
+    return statistics.median(fn() for _ in range(n))
+
+
+def interleave(runs: int, fns: Mapping[str, Callable[[], float]]) -> dict[str, list[float]]:
+    """Values of each fn, taken in turns and in alternating order, so that a slow minute of a shared machine, or the
+    state that one fn leaves behind, falls on all of them alike."""
+    values: dict[str, list[float]] = {name: [] for name in fns}
+    for run in range(runs):
+        for name in fns if run % 2 == 0 else reversed(list(fns)):
+            values[name].append(fns[name]())
+    return values
+
+
+# --- reporting ----------------------------------------------------------------------------------------------------
+
+
+def cpu_model() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    models = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(models, platform.machine())
+
+
+def machine() -> dict[str, str | int]:
+    """Where the figures were taken."""
+    return {
+        "cpu": cpu_model(),
+        "cores": os.cpu_count() or 1,
+        "python": platform.python_version(),
+        "torch": version("torch"),
+    }
+
+
+def to_json(name: str, figures: list[Figure]) -> str:
+    rows = [asdict(figure) | {"meets_target": figure.meets_target} for figure in figures]
+    return json.dumps({"name": name, "machine": machine(), "figures": rows})
+
+
+def print_table(console: Console, name: str, figures: list[Figure]) -> None:
+    table = Table(title=escape(name), title_justify="left")
+    for column in ("figure", "value", "unit", "target", "", "note"):
+        table.add_column(column, justify="right" if column in ("value", "target") else "left")
+    verdicts = {None: "", True: "[green]met[/green]", False: "[red]missed[/red]"}
+    for figure in figures:
+        sign = ">=" if figure.better == "higher" else "<="
+        target = "" if figure.target is None else f"{sign} {figure.target:.5g}"
+        row = (escape(figure.key), f"{figure.value:.5g}", escape(figure.unit), target)
+        table.add_row(*row, verdicts[figure.meets_target], escape(figure.note))
+    console.print(table)
+    facts = machine()
+    console.print(
+        f"{facts['cpu']}, {facts['cores']} cores, Python {facts['python']}, torch {facts['torch']}",
+        style="dim",
+        highlight=False,
+    )

@@ -1,0 +1,73 @@
+"""The workers as Ray actors. max_restarts stays 0: a worker that died comes back as another incarnation, made by
+cluster/supervisor.py."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from cluster.config import RayConfig
+from cluster.logs import configure_logging
+from decode_worker.actor import DecodeWorker
+from engine.worker import WorkerReady
+from engine.worker_config import WorkerSpec
+from kvtransfer.config import TransferConfig
+from prefill_worker.actor import PrefillWorker
+from protos.types import Role
+
+PROGRESS_INTERVAL_S = 0.3
+KILL_GRACE_S = 1.0
+
+
+class PrefillActor(PrefillWorker):
+    def __init__(self, spec: WorkerSpec, transfer: TransferConfig, log_level: str) -> None:
+        configure_logging(log_level)
+        super().__init__(spec, transfer)
+
+
+class DecodeActor(DecodeWorker):
+    def __init__(self, spec: WorkerSpec, transfer: TransferConfig, log_level: str) -> None:
+        configure_logging(log_level)
+        super().__init__(spec, transfer)
+
+
+class ActorHandle:
+    """One actor, with a deadline on every call: Ray's own may wait for minutes."""
+
+    def __init__(self, spec: WorkerSpec, transfer: TransferConfig, config: RayConfig, log_level: str) -> None:
+        import ray
+
+        self.spec = spec
+        self._config = config
+        actor = PrefillActor if spec.role is Role.PREFILL else DecodeActor
+        self._actor: Any = (
+            ray.remote(actor)
+            .options(
+                name=f"twinring-{spec.worker_id}-{spec.incarnation}",
+                num_cpus=config.num_cpus_per_worker,
+                num_gpus=config.num_gpus_per_worker,
+                max_restarts=0,
+                max_task_retries=0,
+            )
+            .remote(spec, transfer, log_level)
+        )
+
+    async def progress(self) -> str:
+        """TimeoutError where the actor is not placed, or not importing, within start_timeout_s."""
+        return str(await asyncio.wait_for(self._actor.progress.remote(), self._config.start_timeout_s))
+
+    async def load(self) -> None:
+        await asyncio.wait_for(self._actor.load.remote(), self._config.load_timeout_s)
+
+    async def serve(self) -> WorkerReady:
+        ready = await asyncio.wait_for(self._actor.serve.remote(), self._config.start_timeout_s)
+        assert isinstance(ready, WorkerReady)
+        return ready
+
+    async def stop(self, grace_s: float) -> None:
+        await asyncio.wait_for(self._actor.stop.remote(grace_s), grace_s + KILL_GRACE_S)
+
+    def kill(self) -> None:
+        import ray
+
+        ray.kill(self._actor, no_restart=True)

@@ -1,0 +1,176 @@
+"""The `twinring` command. Parses, calls, prints; decides nothing."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from importlib.metadata import version
+from typing import Annotated
+
+import grpc
+import typer
+from google.protobuf.json_format import MessageToJson
+from rich.console import Console
+
+from cluster import show
+from cluster.client import Client, Sampling, text_of
+from cluster.config import load_config
+from cluster.run_state import is_alive, running_servers
+
+app = typer.Typer(
+    help="Serves large language models with prefill and decode in separate pools.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+console = Console(stderr=True)
+
+STOP_TIMEOUT_S = 20.0
+
+Address = Annotated[str | None, typer.Option(help="host:port of a server; default: the one running on this machine.")]
+
+
+def fail(message: str) -> typer.Exit:
+    console.print(f"error: {message}", style="red", highlight=False, markup=False)
+    return typer.Exit(1)
+
+
+def show_version(wanted: bool) -> None:
+    if wanted:
+        print(f"twinring {version('twinring')}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    _: Annotated[
+        bool, typer.Option("--version", callback=show_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def serve(
+    model: Annotated[str | None, typer.Option(help="Folder of a checkpoint. Default: the demo model.")] = None,
+    prefill: Annotated[int | None, typer.Option(help="Number of prefill workers.")] = None,
+    decode: Annotated[int | None, typer.Option(help="Number of decode workers.")] = None,
+    mode: Annotated[str | None, typer.Option(help="disaggregated or colocated.")] = None,
+    listen: Annotated[str | None, typer.Option(help="host:port of the front door; port 0 takes a free one.")] = None,
+    address: Annotated[
+        str | None, typer.Option(help="Ray cluster to join (default: RAY_ADDRESS, else a private one).")
+    ] = None,
+    config: Annotated[str | None, typer.Option(help="YAML file with settings.")] = None,
+    set_: Annotated[list[str] | None, typer.Option("--set", help="One setting, e.g. engine.num_blocks=512.")] = None,
+    log_level: Annotated[str, typer.Option(help="debug, info, warning or error.")] = "warning",
+) -> None:
+    """Start a cluster and serve until Ctrl-C."""
+    from cluster.logs import configure_logging
+
+    overrides = {
+        "engine.model": model,
+        "num_prefill": prefill,
+        "num_decode": decode,
+        "router.mode": mode,
+        "router.listen": listen,
+        "ray.address": address,
+        **dict(parse_setting(setting) for setting in set_ or []),
+    }
+    configure_logging(log_level)
+    try:
+        settings = load_config(config, overrides)
+        from cluster import serve as serving
+
+        serving.run(settings, show.ProgressLines(console), log_level)
+    except (ValueError, OSError, TimeoutError) as error:
+        raise fail(str(error)) from error
+
+
+def parse_setting(setting: str) -> tuple[str, object]:
+    import yaml
+
+    name, equals, value = setting.partition("=")
+    if not equals:
+        raise typer.BadParameter(f"{setting!r} is not name=value")
+    return name, yaml.safe_load(value)
+
+
+@app.command()
+def generate(
+    prompt: str,
+    address: Address = None,
+    max_tokens: Annotated[int | None, typer.Option()] = 128,
+    temperature: Annotated[float | None, typer.Option()] = None,
+    top_p: Annotated[float | None, typer.Option()] = None,
+    top_k: Annotated[int | None, typer.Option()] = None,
+    seed: Annotated[int | None, typer.Option()] = None,
+    stop: Annotated[list[str] | None, typer.Option(help="Stop string; may be repeated.")] = None,
+) -> None:
+    """Stream a completion; the request's account goes to standard error."""
+    sampling = Sampling(max_tokens, temperature, top_p, top_k, seed, tuple(stop or ()))
+    with client_of(address) as client:
+        try:
+            for response in client.generate(prompt, sampling):
+                print(text_of(response), end="", flush=True)
+                if response.HasField("complete"):
+                    print()
+                    console.print(show.account_line(response.complete), style="dim", highlight=False, markup=False)
+        except grpc.RpcError as error:
+            raise fail(f"{error.code().name}: {error.details()}") from error
+
+
+@app.command()
+def status(address: Address = None, json: Annotated[bool, typer.Option("--json")] = False) -> None:
+    """Show workers, their blocks, and what happened lately."""
+    with client_of(address) as client:
+        try:
+            answer = client.status()
+        except grpc.RpcError as error:
+            raise fail(f"{client.address}: {error.code().name}: {error.details()}") from error
+    if json:
+        print(MessageToJson(answer, preserving_proto_field_name=True, always_print_fields_with_no_presence=True))
+        return
+    out = Console()
+    out.print(f"{client.address}: {answer.message}; {answer.mode}, model {answer.model}, version {answer.version}")
+    out.print(
+        f"{answer.num_requests_in_flight} requests in flight, {answer.num_requests_finished} finished, "
+        f"{answer.num_failovers} failovers"
+    )
+    for table in show.status_tables(answer):
+        out.print(table)
+
+
+@app.command()
+def stop() -> None:
+    """Stop the servers that this user runs on this machine."""
+    servers = running_servers()
+    if not servers:
+        raise fail("no server is running")
+    for server in servers:
+        os.kill(server.pid, signal.SIGTERM)
+    give_up_at = time.monotonic() + STOP_TIMEOUT_S
+    while alive := [server for server in servers if is_alive(server.pid)]:
+        if time.monotonic() > give_up_at:
+            raise fail(f"process {alive[0].pid} did not stop within {STOP_TIMEOUT_S:g} s")
+        time.sleep(0.1)
+    for server in servers:
+        console.print(f"stopped {server.address}", highlight=False)
+
+
+def client_of(address: str | None) -> Client:
+    if address is None:
+        servers = running_servers()
+        if not servers:
+            raise fail("no server is running on this machine; start one with `twinring serve`, or give --address")
+        address = servers[-1].address
+    return Client(address)
+
+
+def main() -> None:
+    sys.exit(app())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,140 @@
+"""The composition root of a serving process: router in this process, workers as Ray actors, one way in and one way
+out."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import secrets
+import signal
+import socket
+import sys
+from collections.abc import Coroutine
+from types import FrameType
+from typing import Any
+
+from transformers import AutoTokenizer
+
+from cluster.config import ServeConfig
+from cluster.ray_cluster import ray_cluster
+from cluster.run_state import RunState, announced
+from cluster.supervisor import Progress, Supervisor, worker_slots
+from engine.model_loader import ModelFacts, read_model_facts
+from engine.paged_kv_cache import num_blocks_for
+from protos.types import Role
+from router.served_model import ServedModel
+from router.server import RouterServer
+
+logger = logging.getLogger("twinring.cluster")
+
+ROUTER_GRACE_S = 1.0
+LINK_TIMEOUT_S = 30.0
+
+
+class Stopped(Exception):
+    """A signal asked for the end."""
+
+
+def run(config: ServeConfig, on_progress: Progress, log_level: str) -> None:
+    """Serve until SIGINT or SIGTERM. ValueError or OSError where the model, the address or Ray is not fit to serve.
+
+    Ray comes first: it forks, which a process with gRPC threads must not do."""
+    facts = read_model_facts(config.engine.model)
+    _require_free(config.router.listen)
+    signal.signal(signal.SIGTERM, _exit)  # until the event loop has handlers of its own
+    on_progress("ray", "starting" if config.ray.address is None else f"joining {config.ray.address}")
+    with ray_cluster(config.ray, len(worker_slots(config))):
+        asyncio.run(_serve(config, facts, on_progress, log_level))
+
+
+async def _serve(config: ServeConfig, facts: ModelFacts, on_progress: Progress, log_level: str) -> None:
+    stop = asyncio.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    hash_key = secrets.token_bytes(32)
+    router = RouterServer(
+        config.router,
+        served_model(config, facts, hash_key),
+        lambda ref, reason: supervisor.on_worker_lost(ref, reason),
+    )
+    supervisor = Supervisor(config, hash_key, router, on_progress, log_level)
+    address = _with_port(config.router.listen, await router.start())
+    try:
+        await _until_ready(config, router, supervisor, stop, on_progress)
+        with announced(RunState(os.getpid(), address)):
+            on_progress("router", f"ready on {address}; {kv_estimate(config, facts)}")
+            await stop.wait()
+    except Stopped:
+        pass
+    finally:
+        on_progress("router", "stopping")
+        await router.stop(ROUTER_GRACE_S)
+        await supervisor.stop()
+
+
+def _exit(number: int, frame: FrameType | None) -> None:
+    sys.exit(128 + number)
+
+
+def _require_free(listen: str) -> None:
+    """Before Ray is started: a port in use should be known at once."""
+    host, _, port = listen.rpartition(":")
+    try:
+        socket.create_server((host.strip("[]"), int(port))).close()
+    except (OSError, OverflowError, ValueError) as error:
+        raise ValueError(f"cannot listen on {listen}: {error}") from error
+
+
+async def _until_ready(
+    config: ServeConfig, router: RouterServer, supervisor: Supervisor, stop: asyncio.Event, on_progress: Progress
+) -> None:
+    num_prefill = sum(role is Role.PREFILL for _, role in worker_slots(config))
+    router.set_expected(num_prefill, len(worker_slots(config)) - num_prefill)
+    await _unless_stopped(stop, supervisor.start())
+    on_progress("router", "warming links")
+    await _unless_stopped(stop, router.wait_ready(LINK_TIMEOUT_S))
+
+
+async def _unless_stopped(stop: asyncio.Event, work: Coroutine[Any, Any, None]) -> None:
+    """Run `work` to its end, or cancel it and raise Stopped where a signal comes first."""
+    task, stopped = asyncio.create_task(work), asyncio.create_task(stop.wait())
+    try:
+        await asyncio.wait({task, stopped}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise Stopped
+        task.result()
+    finally:
+        stopped.cancel()
+        task.cancel()
+        await asyncio.gather(task, stopped, return_exceptions=True)
+
+
+def _with_port(listen: str, port: int) -> str:
+    return f"{listen.rpartition(':')[0]}:{port}"
+
+
+def served_model(config: ServeConfig, facts: ModelFacts, hash_key: bytes) -> ServedModel:
+    """What the front door must know to validate, tokenize and hash."""
+    engine = config.engine
+    return ServedModel(
+        name=os.path.basename(os.path.normpath(engine.model)),
+        architecture=facts.architecture,
+        dtype=engine.dtype,
+        tokenizer=AutoTokenizer.from_pretrained(engine.model, local_files_only=True, trust_remote_code=False),
+        vocab_size=facts.vocab_size,
+        max_model_len=min(engine.max_model_len or facts.max_model_len, facts.max_model_len),
+        eos_token_ids=facts.eos_token_ids,
+        model_fingerprint=facts.fingerprint,
+        block_size=engine.block_size,
+        hash_block_size=engine.hash_block_size,
+        hash_key=hash_key,
+    )
+
+
+def kv_estimate(config: ServeConfig, facts: ModelFacts) -> str:
+    engine = config.engine
+    layout = facts.kv_layout(engine.dtype, engine.block_size, engine.hash_block_size)
+    num_blocks = engine.num_blocks or num_blocks_for(engine.kv_cache_bytes, layout)
+    mib = num_blocks * layout.block_nbytes / 2**20
+    return f"each worker fits {num_blocks * engine.block_size:,} tokens of KV ({num_blocks} blocks, {mib:,.0f} MiB)"

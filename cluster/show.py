@@ -1,0 +1,70 @@
+"""How the command line shows a cluster, a request's account and progress. Text only."""
+
+from __future__ import annotations
+
+import time
+
+from rich.console import Console
+from rich.table import Table
+
+from protos import inference_pb2 as pb
+
+MODES = {
+    pb.SERVING_MODE_DISAGGREGATED: "disaggregated",
+    pb.SERVING_MODE_LOCAL: "local",
+    pb.SERVING_MODE_RECOMPUTED: "recomputed",
+}
+
+
+class ProgressLines:
+    """One line per change of state: readable on a terminal, in a log and in CI alike."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._started_at = time.monotonic()
+        self._shown: dict[str, str] = {}
+
+    def __call__(self, who: str, what: str) -> None:
+        if self._shown.get(who) != what:
+            self._shown[who] = what
+            self._console.print(
+                f"[dim]{time.monotonic() - self._started_at:6.1f} s[/dim]  {who:<12} {what}", highlight=False
+            )
+
+
+def account_line(complete: pb.GenerateComplete) -> str:
+    """What happened to one request, in one line."""
+    placement = complete.placement
+    moved = f"{placement.kv_bytes_moved / 1024:,.0f} KiB in {placement.transfer_s * 1e3:.1f} ms"
+    workers = (
+        f"{placement.prefill_worker} -> {placement.decode_worker}"
+        if placement.decode_worker and placement.decode_worker != placement.prefill_worker
+        else placement.prefill_worker
+    )
+    return (
+        f"{complete.completion_tokens} tokens, "
+        f"TTFT {placement.ttft_s * 1e3:.1f} ms, TPOT {placement.tpot_s * 1e3:.2f} ms, "
+        f"cached {complete.cached_tokens}/{complete.prompt_tokens}, {MODES.get(placement.mode, 'unknown mode')}, "
+        f"{workers}, KV moved {moved}"
+    )
+
+
+def status_tables(status: pb.GetStatusResponse) -> list[Table]:
+    """Blocks are KV blocks; roles and addresses are in --json."""
+    workers = Table("worker", "state", "running", "waiting", "blocks", "free", "cached", "held", "leased", "ledger")
+    for load in status.workers:
+        numbers = (
+            load.num_running,
+            load.num_waiting,
+            load.num_blocks,
+            load.num_free_blocks,
+            load.num_cached_blocks,
+            load.num_held_blocks,
+            load.num_leased_blocks,
+        )
+        ledger = "ok" if load.ledger_balanced else "LEAK"
+        workers.add_row(load.worker_id, load.state, *map(str, numbers), ledger)
+    events = Table("at", "event")
+    for event in status.events:
+        events.add_row(time.strftime("%H:%M:%S", time.localtime(event.at_unix_s)), event.message)
+    return [workers, events]

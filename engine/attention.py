@@ -1,0 +1,85 @@
+"""Attention over the paged KV cache, in the shape in which transformers calls it.
+
+A model loaded with attn_implementation=ATTENTION_NAME sends every layer's queries, keys and values here, with the
+step's KVMeta. No mask function is registered beside it, so transformers builds no mask: ours come with the step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch.nn import functional
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from engine.paged_kv_cache import PagedKVCache
+from engine.step_inputs import AttentionGroup, StepInputs
+
+ATTENTION_NAME = "twinring_paged"
+
+
+@dataclass(frozen=True, slots=True)
+class KVMeta:
+    """Where a step's rows read and write; travels through the model as the keyword argument kv_meta."""
+
+    kv_cache: PagedKVCache
+    step: StepInputs
+
+
+def paged_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    *,
+    kv_meta: KVMeta,
+    scaling: float,
+    sliding_window: int | None = None,
+    **_kwargs: object,
+) -> tuple[torch.Tensor, None]:
+    """query: [1, num_heads, num_rows, head_dim]; key, value: [1, num_kv_heads, num_rows, head_dim].
+    Returns [1, num_rows, num_heads, head_dim]."""
+    assert attention_mask is None
+    layer = module.layer_idx
+    assert isinstance(layer, int)
+    kv_meta.kv_cache.write(layer, key[0].transpose(0, 1), value[0].transpose(0, 1), kv_meta.step.slot_mapping)
+    rows = query[0].transpose(0, 1)  # [num_rows, num_heads, head_dim]
+    attended = [
+        _attend(rows[g.first_row : g.first_row + g.num_rows], layer, g, kv_meta.kv_cache, scaling, sliding_window)
+        for g in kv_meta.step.groups
+    ]
+    return (attended[0] if len(attended) == 1 else torch.cat(attended)).unsqueeze(0), None
+
+
+def _attend(
+    rows: torch.Tensor,
+    layer: int,
+    group: AttentionGroup,
+    kv_cache: PagedKVCache,
+    scaling: float,
+    sliding_window: int | None,
+) -> torch.Tensor:
+    """Rows of one group, [num_rows, num_heads, head_dim], attended. Query heads that share a KV head become further
+    queries of that head, so keys and values are never repeated."""
+    keys, values = kv_cache.read(layer, group.kv_rows)
+    num_kv_heads, head_dim = kv_cache.layout.num_kv_heads, kv_cache.layout.head_dim
+    mask = group.mask(sliding_window, rows.dtype)
+    if group.query_len == 1:
+        shape = (group.num_requests, num_kv_heads, group.kv_len, head_dim)
+        keys, values = keys.view(shape), values.view(shape)
+        queries = rows.reshape(group.num_requests, num_kv_heads, -1, head_dim)
+        out = functional.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, scale=scaling)
+        return out.reshape(rows.shape)
+    assert group.num_requests == 1
+    # One request: its KV heads stand in the batch dimension, the query heads of each beside one another.
+    queries = rows.view(group.query_len, num_kv_heads, -1, head_dim).permute(
+        1, 2, 0, 3
+    )  # [num_kv_heads, share, query_len, head_dim]
+    shape = (num_kv_heads, 1, group.kv_len, head_dim)
+    keys = keys.view(shape).expand(-1, queries.shape[1], -1, -1)
+    values = values.view(shape).expand(-1, queries.shape[1], -1, -1)
+    out = functional.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, scale=scaling)
+    return out.permute(2, 0, 1, 3).reshape(rows.shape)
+
+
+ALL_ATTENTION_FUNCTIONS.register(ATTENTION_NAME, paged_attention)

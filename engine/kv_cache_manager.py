@@ -1,0 +1,173 @@
+"""Which blocks each request and each transfer uses, and which of them hold a prefix that another request can use.
+Decides nothing about who runs; knows no tensors."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import chain
+
+from engine.block_pool import BlockPool
+from engine.config import SchedulerConfig
+from engine.request import Request
+from protos.block_hash import chain_hashes, chain_root, fold_links
+
+
+@dataclass(frozen=True, slots=True)
+class Ledger:
+    """Where every block is. Balanced: free + cached + held + leased == total, no block in two places, and every
+    ref_cnt equal to the uses that the tables show."""
+
+    free: int
+    cached: int
+    held: int  # at least one request uses it
+    leased: int  # only transfers use it
+    total: int
+    balanced: bool
+
+
+class KVCacheManager:
+    """Invariant: ref_cnt of a block = how often it stands in the requests' tables and the transfers' leases."""
+
+    def __init__(self, config: SchedulerConfig, num_blocks: int, hash_key: bytes, model_fingerprint: str) -> None:
+        self._config = config
+        self._pool = BlockPool(num_blocks)
+        self._hash_key = hash_key
+        self._model_fingerprint = model_fingerprint
+        self._tables: dict[Request, list[int]] = {}
+        self._leases: dict[bytes, list[int]] = {}
+
+    @property
+    def num_blocks(self) -> int:
+        return self._pool.num_blocks
+
+    @property
+    def num_available_blocks(self) -> int:
+        return self._pool.num_available
+
+    # --- requests -------------------------------------------------------------------------------------------------
+
+    def block_table(self, request: Request) -> list[int]:
+        """The request's own list, lent; empty where it has no blocks."""
+        return self._tables.get(request, [])
+
+    def get_computed_blocks(self, request: Request) -> list[int]:
+        """The longest cached prefix in full blocks, at most num_tokens - 1 tokens: one must be left to compute."""
+        return self._find_cached(request, request.num_tokens - 1)
+
+    def can_hold(self, request: Request, computed_blocks: Sequence[int], num_spare_blocks: int) -> bool:
+        """Is there room now for all tokens of the request, computed_blocks among it, and num_spare_blocks more?"""
+        return self._room_for(self._config.num_blocks_for(request.num_tokens) + num_spare_blocks, computed_blocks)
+
+    def allocate_slots(self, request: Request, num_new_tokens: int, computed_blocks: Sequence[int] = ()) -> bool:
+        """Room in the request's table for its next num_new_tokens tokens; False (and no change) where there is none.
+
+        computed_blocks: cached blocks that a request without a table starts from; num_new_tokens come after them."""
+        table = self._tables.get(request, [])
+        assert not (table and computed_blocks)
+        num_computed = max(request.num_computed_tokens, len(computed_blocks) * self._config.block_size)
+        num_wanted = self._config.num_blocks_for(num_computed + num_new_tokens)
+        if not self._room_for(num_wanted - len(table), computed_blocks):
+            return False
+        self._pool.acquire(computed_blocks)
+        new_blocks = self._pool.allocate(max(0, num_wanted - len(table) - len(computed_blocks)))
+        assert new_blocks is not None
+        self._tables.setdefault(request, table).extend([*computed_blocks, *new_blocks])
+        return True
+
+    def cache_full_blocks(self, request: Request) -> None:
+        """Let others find the request's blocks that are full and computed."""
+        num_full = request.num_computed_tokens // self._config.block_size
+        if not self._config.enable_prefix_caching or num_full <= request.num_hashed_blocks:
+            return
+        hashes = self._block_hashes(request, request.num_hashed_blocks, num_full)
+        new_blocks = self._tables[request][request.num_hashed_blocks : num_full]
+        for block_id, block_hash in zip(new_blocks, hashes, strict=True):
+            self._pool.name(block_id, block_hash)
+        request.num_hashed_blocks = num_full
+
+    def free(self, request: Request) -> None:
+        """The request uses no blocks any more. What transfers lease stays leased."""
+        self._pool.release(self._tables.pop(request, []))
+        request.num_hashed_blocks = 0
+
+    # --- transfers ------------------------------------------------------------------------------------------------
+
+    def lease(self, transfer_id: bytes, block_ids: Sequence[int]) -> None:
+        """Keep blocks that are in use until release_lease, whatever becomes of their request."""
+        assert all(self._pool.ref_cnt[block_id] for block_id in block_ids)
+        self._pool.acquire(block_ids)
+        self._leases.setdefault(transfer_id, []).extend(block_ids)
+
+    def release_lease(self, transfer_id: bytes) -> None:
+        """The transfer's blocks are quiet. Nothing happens where it leases none."""
+        self._pool.release(self._leases.pop(transfer_id, []))
+
+    def is_leasing(self, transfer_id: bytes) -> bool:
+        return transfer_id in self._leases
+
+    def grant(self, transfer_id: bytes, request: Request, num_spare_blocks: int) -> tuple[int, list[int]] | None:
+        """Lease room for all given tokens of a request to the transfer that brings their KV: (blocks held here
+        already, ids of the blocks to write), or None (and no change) where fewer than num_spare_blocks were left."""
+        assert transfer_id not in self._leases
+        held = self._find_cached(request, request.num_given_tokens)
+        num_wanted = self._config.num_blocks_for(request.num_given_tokens)
+        if not self._room_for(num_wanted + num_spare_blocks, held):
+            return None
+        self._pool.acquire(held)
+        to_write = self._pool.allocate(num_wanted - len(held))
+        assert to_write is not None
+        self._leases[transfer_id] = [*held, *to_write]
+        return len(held), to_write
+
+    def adopt(self, request: Request, transfer_id: bytes) -> None:
+        """Make the transfer's blocks the request's table; the lease stays until it is released."""
+        assert request not in self._tables
+        block_ids = list(self._leases[transfer_id])
+        self._pool.acquire(block_ids)
+        self._tables[request] = block_ids
+
+    # --- ledger ---------------------------------------------------------------------------------------------------
+
+    def ledger(self) -> Ledger:
+        """Recomputed from the tables and leases; the pool's own facts are only compared with them."""
+        held = set(chain.from_iterable(self._tables.values()))
+        leased = set(chain.from_iterable(self._leases.values())) - held
+        free, cached = self._pool.free, self._pool.cached
+        total = len(free) + len(cached) + len(held) + len(leased)
+        uses = Counter(chain(*self._tables.values(), *self._leases.values()))
+        ref_cnt = {block_id: count for block_id, count in enumerate(self._pool.ref_cnt) if count}
+        balanced = (
+            total == self.num_blocks
+            and len(held.union(leased, free, cached)) == self.num_blocks  # as many ids as places: none in two
+            and ref_cnt == uses
+        )
+        return Ledger(len(free), len(cached), len(held), len(leased), self.num_blocks, balanced)
+
+    # --- inside ---------------------------------------------------------------------------------------------------
+
+    def _room_for(self, num_wanted: int, computed_blocks: Sequence[int]) -> bool:
+        """Can num_wanted blocks be had, computed_blocks among them?"""
+        num_idle = sum(self._pool.ref_cnt[block_id] == 0 for block_id in computed_blocks)
+        return num_wanted - len(computed_blocks) <= self._pool.num_available - num_idle
+
+    def _find_cached(self, request: Request, max_num_tokens: int) -> list[int]:
+        found: list[int] = []
+        if self._config.enable_prefix_caching:
+            for block_hash in self._block_hashes(request, 0, max_num_tokens // self._config.block_size):
+                block_id = self._pool.find(block_hash)
+                if block_id is None:
+                    break
+                found.append(block_id)
+        return found
+
+    def _block_hashes(self, request: Request, start: int, stop: int) -> list[bytes]:
+        """Hashes of the request's blocks [start, stop), all of them full. Extends the request's chain where it must."""
+        ratio = self._config.links_per_block
+        if len(request.hash_links) < stop * ratio:
+            root = chain_root(self._hash_key, self._model_fingerprint, request.cache_salt)
+            request.hash_links = chain_hashes(
+                request.token_ids, self._config.hash_block_size, root, self._hash_key, known=request.hash_links
+            )
+        return fold_links(request.hash_links[start * ratio : stop * ratio], ratio)

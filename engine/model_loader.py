@@ -1,0 +1,52 @@
+"""Brings a checkpoint's weights into memory: safetensors only, none of its code, nothing from the network."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from engine.attention import ATTENTION_NAME
+from engine.model_facts import ModelFacts, ModelLoadError, read_model_facts
+from engine.paged_kv_cache import torch_dtype
+
+__all__ = ["LoadedModel", "ModelFacts", "ModelLoadError", "load_model", "read_model_facts"]
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    """A transformers module whose layers attend through engine/attention.py, in eval mode."""
+
+    model: PreTrainedModel
+    facts: ModelFacts
+    dtype: str  # of weights and KV cache
+    device: torch.device
+
+
+def load_model(path: str | Path, dtype: str = "float32", device: str | torch.device = "cpu") -> LoadedModel:
+    """The model in folder `path`; ModelLoadError where it is missing, broken or not served."""
+    weights_dtype = torch_dtype(dtype)
+    facts = read_model_facts(path)
+    try:
+        # Typed as if it returned the model alone.
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            facts.path,
+            dtype=weights_dtype,
+            attn_implementation=ATTENTION_NAME,
+            use_safetensors=True,
+            local_files_only=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise ModelLoadError(facts.path, f"its weights do not fit its config: {error}") from error
+    model, report = loaded
+    # transformers would fill what is missing with random numbers and say so in a log line.
+    for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if report[problem]:
+            raise ModelLoadError(facts.path, f"weights with {problem}: {sorted(report[problem], key=str)[:3]}")
+    return LoadedModel(model.eval().to(device), facts, dtype, torch.device(device))

@@ -1,0 +1,129 @@
+"""One worker from loading to the end of its process: model, KV cache, engine thread, internal gRPC service. Who runs it
+(a Ray actor) and who moves its KV are handed in."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import grpc.aio
+import torch
+
+from engine.config import SchedulerConfig
+from engine.engine_thread import EngineThread
+from engine.model_loader import LoadedModel, load_model
+from engine.model_runner import ModelRunner
+from engine.paged_kv_cache import PagedKVCache, num_blocks_for
+from engine.transfer_port import TransferPort
+from engine.worker_config import EngineConfig, WorkerSpec
+from engine.worker_core import WorkerCore
+from engine.worker_host import WorkerHost
+from protos import worker_pb2_grpc as pb_grpc
+from protos.types import PeerRef
+
+logger = logging.getLogger("twinring.engine")
+
+MakeTransfers = Callable[[PeerRef, PagedKVCache, WorkerHost], TransferPort]
+
+# A handoff's request may be as long as the context: int32 ids of a million tokens still fit.
+MAX_FRAME_NBYTES = 64 << 20
+EXIT_FENCED = 70
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerReady:
+    ref: PeerRef
+    pid: int
+    num_blocks: int
+    max_model_len: int
+    model_fingerprint: str
+
+
+class Worker:
+    """Calls in order: load, serve, stop. A worker that lost its lease or its engine ends its process: somebody else may
+    own its requests by then, and a new incarnation takes its place."""
+
+    def __init__(self, spec: WorkerSpec, make_transfers: MakeTransfers) -> None:
+        self._spec = spec
+        self._make_transfers = make_transfers
+        self._progress = "created"
+        self._loaded: LoadedModel | None = None
+        self._tasks: list[asyncio.Task[None]] = []
+
+    async def progress(self) -> str:
+        """What it is doing now, in a few words, for whoever waits for it."""
+        return self._progress
+
+    async def load(self) -> None:
+        """Read the weights and allocate the KV cache. ModelLoadError (a ValueError) names what is wrong."""
+        await asyncio.to_thread(self._load)
+
+    def _load(self) -> None:
+        engine = self._spec.engine
+        torch.set_num_threads(engine.num_threads)
+        self._progress = "reading weights"
+        loaded = load_model(engine.model, engine.dtype, engine.device)
+        layout = loaded.facts.kv_layout(engine.dtype, engine.block_size, engine.hash_block_size)
+        self._progress = "allocating KV blocks"
+        num_blocks = engine.num_blocks or num_blocks_for(engine.kv_cache_bytes, layout)
+        self._kv_cache = PagedKVCache(layout, num_blocks, engine.device)
+        self._runner = ModelRunner(loaded, self._kv_cache)
+        self._config = scheduler_config(engine, loaded.facts.max_model_len)
+        self._loaded = loaded
+        self._progress = "loaded"
+
+    async def serve(self) -> WorkerReady:
+        """Listen for routers and peers; the lease starts with the first router."""
+        assert self._loaded is not None
+        fingerprint = self._loaded.facts.fingerprint
+        core = WorkerCore(self._config, self._kv_cache.num_blocks, self._spec.hash_key, fingerprint)
+        self._server = grpc.aio.server(
+            options=[("grpc.max_receive_message_length", MAX_FRAME_NBYTES), ("grpc.so_reuseport", 0)]
+        )
+        port = self._server.add_insecure_port(f"{self._spec.bind_host}:0")
+        me = PeerRef(self._spec.worker_id, self._spec.incarnation, f"{self._spec.bind_host}:{port}", self._spec.role)
+        host = WorkerHost(me, fingerprint, self._spec.lease, on_end=end_process)
+        self._transfers = self._make_transfers(me, self._kv_cache, host)
+        self._engine = EngineThread(core, self._runner.execute, host.deliver, host.crashed)
+        host.wire(self._engine, self._transfers)
+        pb_grpc.add_WorkerServicer_to_server(host, self._server)
+        self._transfers.add_to_server(self._server)
+        await self._transfers.start()
+        self._engine.start()
+        await self._server.start()
+        self._tasks.append(asyncio.create_task(host.keep_lease()))
+        self._progress = "serving"
+        return WorkerReady(me, os.getpid(), self._kv_cache.num_blocks, self._config.max_model_len, fingerprint)
+
+    async def stop(self, grace_s: float) -> None:
+        """Stop taking work, then leave nothing behind: threads joined, links and sockets closed."""
+        for task in self._tasks:
+            task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await task
+        await self._transfers.close()
+        await self._server.stop(grace_s)
+        await asyncio.to_thread(self._engine.stop, grace_s)
+        self._progress = "stopped"
+
+
+def scheduler_config(engine: EngineConfig, model_max_len: int) -> SchedulerConfig:
+    max_model_len = min(engine.max_model_len or model_max_len, model_max_len)
+    return SchedulerConfig(
+        max_model_len=max_model_len,
+        max_num_batched_tokens=engine.max_num_batched_tokens,
+        max_num_seqs=engine.max_num_seqs,
+        block_size=engine.block_size,
+        hash_block_size=engine.hash_block_size,
+        enable_prefix_caching=engine.enable_prefix_caching,
+    )
+
+
+def end_process(reason: str) -> None:
+    logger.error("worker ends", extra={"fields": {"reason": reason}})
+    logging.shutdown()
+    os._exit(EXIT_FENCED)

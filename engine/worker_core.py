@@ -1,0 +1,223 @@
+"""One worker without its model and its network: events in, effects out. Decides what is computed, what is sent where
+and when blocks are free; a shell runs the steps, moves the KV and talks to the router."""
+
+from __future__ import annotations
+
+from itertools import count
+
+from engine.config import SchedulerConfig
+from engine.events import (
+    Effect,
+    Event,
+    Submitted,
+    TransferArrived,
+    TransferClosed,
+    TransferLost,
+    TransferOffered,
+    TransferRefused,
+)
+from engine.handoff_destination import HandoffDestination
+from engine.handoff_source import HandoffSource
+from engine.kv_cache_manager import KVCacheManager, Ledger
+from engine.request import Request
+from engine.scheduler import Progress, Scheduler
+from engine.scheduler_output import SchedulerOutput, StepResult
+from protos.types import (
+    Abort,
+    FinishReason,
+    GenerateRequest,
+    HandoffRefused,
+    Retarget,
+    TokenOutput,
+    WorkerStats,
+)
+
+# A step with fewer prefill tokens says more about decoding than about prefill.
+MIN_PREFILL_TOKENS_TO_MEASURE = 16
+# Weight of the newest step in the moving average: it follows a change of load within about ten steps.
+NEWEST_STEP_WEIGHT = 0.2
+
+
+class WorkerCore:
+    """Invariant: every request here stands in `_requests`, one life of it at a time; blocks are held by those requests,
+    by lives that ended during the step under way, or leased to transfers.
+
+    Events may come at any time, also while a step is under way. Late, repeated and unknown ones change nothing."""
+
+    def __init__(self, config: SchedulerConfig, num_blocks: int, hash_key: bytes, model_fingerprint: str) -> None:
+        self._manager = KVCacheManager(config, num_blocks, hash_key, model_fingerprint)
+        self._scheduler = Scheduler(config, self._manager)
+        self._source = HandoffSource(config, self._scheduler, self._manager)
+        self._destination = HandoffDestination(config, self._scheduler, self._manager)
+        self._requests: dict[str, Request] = {}
+        self._arrivals = count()
+        self._prefill_s_per_token = 0.0
+
+    # --- events ---------------------------------------------------------------------------------------------------
+
+    def on(self, event: Event, now: float) -> list[Effect]:
+        match event:
+            case Submitted(request):
+                return self._submit(request, now)
+            case Abort():
+                return self._abort(event)
+            case Retarget():
+                return self._retarget(event)
+            case TransferOffered():
+                return self._destination.offered(event, self._requests.get(event.request_id))
+            case TransferArrived():
+                self._destination.arrived(event, now)
+                return []
+            case TransferLost():
+                self._destination.lost(event, now)
+                return []
+            case TransferRefused():
+                return self._transfer_refused(event)
+            case TransferClosed():
+                return self._transfer_closed(event)
+
+    def abort_all(self, now: float, reason: str) -> list[Effect]:
+        """Self-fencing: everything ends here without a word to the router, which may have given it to others."""
+        effects: list[Effect] = []
+        for request in list(self._requests.values()):
+            effects += self._end(request, reason)
+        return effects
+
+    def _submit(self, generate: GenerateRequest, now: float) -> list[Effect]:
+        effects: list[Effect] = []
+        older = self._requests.get(generate.request_id)
+        if older is not None:
+            if older.attempt >= generate.attempt:
+                return []
+            effects += self._end(older, f"attempt {generate.attempt} has come")
+        request = Request(generate, next(self._arrivals), now)
+        refusal = self._scheduler.refusal(request)
+        if refusal:
+            return [*effects, _error_output(request, refusal)]
+        self._requests[request.request_id] = request
+        if request.handoff_from is not None:
+            return effects + self._destination.expect(request)
+        self._scheduler.add(request)
+        return effects
+
+    def _abort(self, event: Abort) -> list[Effect]:
+        request = self._find(event.request_id, event.attempt)
+        return [] if request is None else self._end(request, "aborted")
+
+    def _retarget(self, event: Retarget) -> list[Effect]:
+        request = self._find(event.request_id, event.attempt)
+        return [] if request is None else self._source.retarget(request, event.handoff_to)
+
+    def _transfer_refused(self, event: TransferRefused) -> list[Effect]:
+        request = self._source.refused(event.transfer_id, event.reason)
+        return [] if request is None else [HandoffRefused(request.request_id, request.attempt, event.reason)]
+
+    def _transfer_closed(self, event: TransferClosed) -> list[Effect]:
+        request = self._source.closed(event.transfer_id)
+        if request is not None:
+            del self._requests[request.request_id]
+        return []
+
+    # --- steps ----------------------------------------------------------------------------------------------------
+
+    def schedule(self, now: float) -> tuple[SchedulerOutput | None, list[Effect]]:
+        """The next step (None: nothing to compute) and the transfers to open before it runs.
+
+        update_from_output must follow before the next call."""
+        output = self._scheduler.schedule(now)
+        effects: list[Effect] = []
+        for scheduled in output.scheduled if output else ():
+            request = self._requests[scheduled.request_id]
+            if request.handoff_to is not None and not request.has_opened_transfer:
+                effects += self._source.open(request)
+        return output, effects
+
+    def update_from_output(self, output: SchedulerOutput, result: StepResult, now: float) -> list[Effect]:
+        effects: list[Effect] = []
+        for progress in self._scheduler.update_from_output(output, result, now):
+            effects += self._after_progress(progress)
+        return effects
+
+    def note_step(self, output: SchedulerOutput, duration_s: float) -> None:
+        """Measure what prefill costs here, from the steps that do a fair amount of it."""
+        chunks = [each.num_scheduled_tokens for each in output.scheduled if each.num_scheduled_tokens > 1]
+        if sum(chunks) < MIN_PREFILL_TOKENS_TO_MEASURE:
+            return
+        s_per_token = duration_s / output.num_batched_tokens
+        old = self._prefill_s_per_token or s_per_token
+        self._prefill_s_per_token = old + NEWEST_STEP_WEIGHT * (s_per_token - old)
+
+    def _after_progress(self, progress: Progress) -> list[Effect]:
+        request, token_ids = progress.request, progress.token_ids
+        if request.finish_reason is not None:
+            return self._finish(request, token_ids)
+        if request.handoff_to is None:
+            return [_token_output(request, token_ids)] if token_ids else []
+        if not token_ids:
+            return self._source.send_computed(request)
+        return [_token_output(request, token_ids, accounts=True), *self._source.hand_off(request)]
+
+    def _finish(self, request: Request, token_ids: tuple[int, ...]) -> list[Effect]:
+        if request.handoff_to is not None:
+            request.mode_reason = "finished with its first token"
+        return [_token_output(request, token_ids, accounts=True), *self._end(request, "finished")]
+
+    # --- what others may know -------------------------------------------------------------------------------------
+
+    def ledger(self) -> Ledger:
+        return self._manager.ledger()
+
+    def stats(self) -> WorkerStats:
+        """Recomputes the ledger, so not for every step. warm_links are the transfer agent's to add."""
+        ledger = self.ledger()
+        queued = (*self._scheduler.waiting, *self._scheduler.running)
+        return WorkerStats(
+            num_running=len(self._scheduler.running),
+            num_waiting=len(self._scheduler.waiting) + len(self._destination),
+            num_blocks=ledger.total,
+            num_free_blocks=ledger.free,
+            num_cached_blocks=ledger.cached,
+            num_held_blocks=ledger.held,
+            num_leased_blocks=ledger.leased,
+            ledger_balanced=ledger.balanced,
+            num_pending_prefill_tokens=sum(request.num_pending_prefill_tokens for request in queued),
+            prefill_s_per_token=self._prefill_s_per_token,
+            num_steps=self._scheduler.num_steps,
+        )
+
+    # --- inside ---------------------------------------------------------------------------------------------------
+
+    def _find(self, request_id: str, attempt: int) -> Request | None:
+        request = self._requests.get(request_id)
+        return request if request is not None and request.attempt == attempt else None
+
+    def _end(self, request: Request, reason: str) -> list[Effect]:
+        """Forget the request; its transfers end too."""
+        del self._requests[request.request_id]
+        effects = self._source.end(request, reason) + self._destination.end(request, reason)
+        self._scheduler.remove(request)
+        return effects
+
+
+def _token_output(request: Request, token_ids: tuple[int, ...], accounts: bool = False) -> TokenOutput:
+    """accounts: this is the worker's last word on the request."""
+    decoded_here = request.handoff_to is None or request.finish_reason is not None
+    return TokenOutput(
+        request_id=request.request_id,
+        attempt=request.attempt,
+        index=request.num_output_tokens - len(token_ids),
+        token_ids=token_ids,
+        finish_reason=request.finish_reason,
+        account=request.account(decoded_here) if accounts else None,
+    )
+
+
+def _error_output(request: Request, error: str) -> TokenOutput:
+    return TokenOutput(
+        request_id=request.request_id,
+        attempt=request.attempt,
+        index=request.num_output_tokens,
+        token_ids=(),
+        finish_reason=FinishReason.ERROR,
+        error=error,
+    )

@@ -1,0 +1,49 @@
+"""The knobs of moving KV, and their defaults. Knows no other part of the system."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Checksum = Literal["xxh3_64", "sum64", "none"]
+
+
+@dataclass(frozen=True, slots=True)
+class TransferConfig:
+    """Two workers can move KV only where chunk_nbytes and checksum agree; every other knob is each worker's own."""
+
+    chunk_nbytes: int = 4 << 20  # one wire operation; a block larger than this is a chunk of its own
+    num_staging_chunks: int = 4  # per side of a link: how deep chunks pipeline
+    chunk_timeout_s: float = 1.0  # one chunk on the wire
+    offer_timeout_s: float = 5.0  # longer than the longest engine step: the other worker grants between steps
+    expect_timeout_s: float = 2.0  # how long an offer may precede the router's announcement
+    transfer_timeout_s: float = 60.0  # an open transfer without any event
+    connect_timeout_s: float = 5.0
+    ping_interval_s: float = 0.5
+    silence_timeout_s: float = 1.5  # a control stream that is silent for longer has lost its peer
+    checksum: Checksum = "xxh3_64"
+    bind_host: str = "127.0.0.1"  # the data network is neither encrypted nor authenticated: name a private interface
+    transport: Literal["gloo"] = "gloo"
+    failpoint: Literal["", "flip_received_byte"] = ""  # tests only
+
+    def __post_init__(self) -> None:
+        if self.checksum not in ("xxh3_64", "sum64", "none"):
+            raise ValueError(f"checksum must be xxh3_64, sum64 or none, not {self.checksum!r}")
+        if self.transport != "gloo":
+            raise ValueError(f"transport must be gloo, not {self.transport!r}")
+        if self.failpoint not in ("", "flip_received_byte"):
+            raise ValueError(f"failpoint must be empty or flip_received_byte, not {self.failpoint!r}")
+        for name in ("chunk_nbytes", "num_staging_chunks"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        for name in self.__dataclass_fields__:
+            if name.endswith("_s") and not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be above 0, not {getattr(self, name)}")
+
+    @property
+    def answer_timeout_s(self) -> float:
+        """How long the peer may take to answer what only it can do: one chunk on the wire, one verified and written."""
+        return 2 * self.chunk_timeout_s
+
+    def num_chunk_blocks(self, block_nbytes: int) -> int:
+        return max(1, self.chunk_nbytes // block_nbytes)

@@ -1,0 +1,282 @@
+"""The worker as a destination: its open transfers and the peers that dialled it. Carries out what
+destination_transfer.py decides."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from kvtransfer.block_store import BlockStore
+from kvtransfer.config import TransferConfig
+from kvtransfer.counters import TransferCounters
+from kvtransfer.destination_lane import DestinationLane
+from kvtransfer.destination_transfer import (
+    Announced,
+    AskHost,
+    ChunkEnded,
+    DestinationEffect,
+    DestinationEvent,
+    DestinationState,
+    DestinationTransfer,
+    Granted,
+    Receive,
+    RefusedByHost,
+    ReportArrived,
+    ReportLost,
+    SourceLeft,
+)
+from kvtransfer.handshake import terms_of
+from kvtransfer.host import TransferHost
+from kvtransfer.messages import (
+    Abort,
+    Chunk,
+    Commit,
+    Hello,
+    HelloRefused,
+    Message,
+    Offer,
+    Ready,
+    Refuse,
+    Stamp,
+    TransferMessage,
+)
+from kvtransfer.peer_channel import ChannelLost, FrameStream, PeerChannel
+from kvtransfer.transfer import AbortAsked, CancelWork, LinkLost, Received, Tell, Tick
+from kvtransfer.transport import LinkFailed, ReceiverLink, Transport
+from protos.types import PeerRef
+
+logger = logging.getLogger("twinring.kvtransfer")
+
+
+@dataclass(eq=False)
+class IncomingPeer:
+    peer: PeerRef
+    channel: PeerChannel
+    lane: DestinationLane
+
+
+class DestinationSide:
+    """Invariant: `_transfers` holds exactly the transfers that have not ended; `_peers` holds, by incarnation, the
+    latest stream of each source whose link works."""
+
+    def __init__(
+        self,
+        me: PeerRef,
+        store: BlockStore,
+        host: TransferHost,
+        config: TransferConfig,
+        transport: Transport,
+        counters: TransferCounters,
+        judge: Callable[[Hello], HelloRefused | None],
+    ) -> None:
+        self._me = me
+        self._store = store
+        self._host = host
+        self._config = config
+        self._transport = transport
+        self._counters = counters
+        self._judge = judge
+        self._loop = asyncio.get_running_loop()
+        self._transfers: dict[bytes, DestinationTransfer] = {}
+        self._peers: dict[str, IncomingPeer] = {}
+        self._serving: set[asyncio.Task[None]] = set()
+
+    @property
+    def num_open(self) -> int:
+        return len(self._transfers)
+
+    # --- peers ------------------------------------------------------------------------------------------------------
+
+    async def serve(self, stream: FrameStream) -> None:
+        """One incoming stream, to its end. In a task of its own, so that a cancelled call is still cleaned up."""
+        task = self._loop.create_task(self._serve(stream))
+        self._serving.add(task)
+        task.add_done_callback(self._serving.discard)
+        try:
+            await asyncio.wait([task])
+        finally:
+            task.cancel()
+        if not task.cancelled():
+            task.result()
+
+    async def _serve(self, stream: FrameStream) -> None:
+        channel = PeerChannel(stream, self._config)
+        peer: IncomingPeer | None = None
+        reason = "closed"
+        try:
+            hello = await self._welcome(channel)
+            if hello is None:
+                return
+            peer = await self._link_up(hello.sender, channel)
+            reason = await channel.run(lambda message: self._on_message(peer, message))
+        except (ChannelLost, LinkFailed) as lost:
+            reason = str(lost)
+        finally:
+            logger.info("KV stream from %s ended: %s", peer.peer.worker_id if peer else "a stranger", reason)
+            if peer is not None:
+                self._lose(peer, reason)
+                await peer.lane.close()
+
+    async def _welcome(self, channel: PeerChannel) -> Hello | None:
+        hello = await channel.read(self._config.connect_timeout_s)
+        if not isinstance(hello, Hello):
+            raise ChannelLost(f"a stream that opens with {type(hello).__name__}")
+        if (refusal := self._judge(hello)) is None:
+            return hello
+        self._counters.num_refused_hellos += 1
+        logger.error("refused a KV link from %s: %s", hello.sender.worker_id, refusal.reason)
+        await channel.write(refusal)
+        return None
+
+    async def _link_up(self, sender: PeerRef, channel: PeerChannel) -> IncomingPeer:
+        def on_failure(reason: str) -> None:
+            self._loop.call_soon_threadsafe(channel.close, f"link: {reason}")
+
+        link = self._transport.listen(on_failure)
+        peer = IncomingPeer(sender, channel, self._make_lane(sender, link))
+        try:
+            await channel.write(Hello(self._me, sender.incarnation, terms_of(self._store.layout, self._config)))
+            await channel.write(link.offer)
+            await peer.lane.connect()
+        except BaseException:
+            await peer.lane.close()
+            raise
+        if (former := self._peers.get(sender.incarnation)) is not None:
+            self._lose(former, "dialled again")
+            former.channel.close("dialled again")
+        self._peers[sender.incarnation] = peer
+        return peer
+
+    def _make_lane(self, sender: PeerRef, link: ReceiverLink) -> DestinationLane:
+        name = f"kv-from-{sender.worker_id}"
+        return DestinationLane(name, link, self._store, self._config, self._on_posted, self._on_chunk_ended)
+
+    def _lose(self, peer: IncomingPeer, reason: str) -> None:
+        incarnation = peer.peer.incarnation
+        if self._peers.get(incarnation) is not peer:
+            return
+        for transfer in list(self._transfers.values()):
+            if transfer.stamp.source_incarnation == incarnation:
+                self._apply(transfer, LinkLost(reason))
+        del self._peers[incarnation]
+
+    def drop_peers(self, incarnations: set[str]) -> None:
+        for transfer in list(self._transfers.values()):
+            if transfer.stamp.source_incarnation in incarnations:
+                self._apply(transfer, SourceLeft())
+        for peer in self._peers.values():
+            if peer.peer.incarnation in incarnations:
+                peer.channel.close("no longer a member")
+
+    async def close(self) -> None:
+        for transfer_id in list(self._transfers):
+            self.abort(transfer_id, "the worker is closing")
+        serving = list(self._serving)
+        for task in serving:
+            task.cancel()
+        await asyncio.gather(*serving, return_exceptions=True)
+
+    # --- what the host asks for ---------------------------------------------------------------------------------------
+
+    def expect(self, transfer_id: bytes, source: PeerRef, request_id: str, attempt: int) -> None:
+        stamp = Stamp(transfer_id, attempt, source.incarnation, self._me.incarnation)
+        self._apply(self._transfer(stamp, request_id), Announced(stamp, request_id))
+
+    def grant(self, transfer_id: bytes, num_held_blocks: int, block_ids: tuple[int, ...]) -> None:
+        self._apply_if_open(transfer_id, Granted(num_held_blocks, block_ids))
+
+    def refuse(self, transfer_id: bytes, reason: str) -> None:
+        self._apply_if_open(transfer_id, RefusedByHost(reason))
+
+    def abort(self, transfer_id: bytes, reason: str) -> None:
+        self._apply_if_open(transfer_id, AbortAsked(reason))
+
+    def tick(self, now: float) -> None:
+        for transfer in list(self._transfers.values()):
+            if transfer.deadline is not None and transfer.deadline <= now:
+                self._apply(transfer, Tick())
+
+    # --- what peers and lanes say -------------------------------------------------------------------------------------
+
+    def _on_message(self, peer: IncomingPeer, message: Message) -> None:
+        if not isinstance(message, TransferMessage):
+            logger.warning("%s sent an unexpected %s", peer.peer.worker_id, type(message).__name__)
+            return
+        stamp = message.stamp
+        if (stamp.source_incarnation, stamp.destination_incarnation) != (peer.peer.incarnation, self._me.incarnation):
+            self._counters.num_stale_messages += 1
+            self._turn_away(peer, message, "another incarnation")
+        elif isinstance(message, Offer):
+            self._apply(self._transfer(stamp, message.request_id), Received(message))
+        elif (transfer := self._transfers.get(stamp.transfer_id)) is None:
+            self._counters.num_unknown_transfers += 1
+            self._turn_away(peer, message, "unknown transfer")
+        elif transfer.stamp != stamp:
+            self._counters.num_stale_messages += 1
+            self._turn_away(peer, message, "another attempt")
+        else:
+            self._apply(transfer, Received(message))
+
+    def _turn_away(self, peer: IncomingPeer, message: TransferMessage, reason: str) -> None:
+        match message:
+            case Offer(stamp=stamp):
+                peer.channel.send(Refuse(stamp, reason))
+            case Chunk(stamp=stamp) | Commit(stamp=stamp):
+                peer.channel.send(Abort(stamp, reason))
+
+    def _on_posted(self, transfer_id: bytes, seq: int, number: int, num_bytes: int) -> None:
+        stamp = self._transfers[transfer_id].stamp
+        self._peers[stamp.source_incarnation].channel.send(Ready(stamp, seq, number, num_bytes))
+
+    def _on_chunk_ended(self, transfer_id: bytes, seq: int, error: str) -> None:
+        if error:
+            self._counters.num_bad_chunks += 1
+        self._apply(self._transfers[transfer_id], ChunkEnded(seq, error))
+
+    # --- carrying out -------------------------------------------------------------------------------------------------
+
+    def _transfer(self, stamp: Stamp, request_id: str) -> DestinationTransfer:
+        block_nbytes = self._store.layout.block_nbytes
+        fresh = DestinationTransfer(stamp, request_id, block_nbytes, self._config)
+        return self._transfers.setdefault(stamp.transfer_id, fresh)
+
+    def _apply_if_open(self, transfer_id: bytes, event: DestinationEvent) -> None:
+        """A transfer that is not there has ended, and the host has been told or will be in this turn of the loop."""
+        if (transfer := self._transfers.get(transfer_id)) is not None:
+            self._apply(transfer, event)
+
+    def _apply(self, transfer: DestinationTransfer, event: DestinationEvent) -> None:
+        for effect in transfer.on(event, self._loop.time()):
+            self._execute(transfer, effect)
+        if transfer.state is DestinationState.DONE:
+            self._transfers.pop(transfer.stamp.transfer_id, None)
+
+    def _execute(self, transfer: DestinationTransfer, effect: DestinationEffect) -> None:
+        transfer_id = transfer.stamp.transfer_id
+        match effect:
+            case Tell(message=message):
+                if (peer := self._peers.get(message.stamp.source_incarnation)) is not None:
+                    peer.channel.send(message)
+            case AskHost(request_id=request_id, attempt=attempt, num_blocks=num_blocks):
+                self._loop.call_soon(self._host.on_offered, transfer_id, request_id, attempt, num_blocks)
+            case Receive(seq=seq, block_ids=block_ids, checksum=checksum):
+                lane = self._peers[transfer.stamp.source_incarnation].lane
+                lane.receive(transfer_id, seq, block_ids, checksum)
+            case CancelWork():
+                lane = self._peers[transfer.stamp.source_incarnation].lane
+                for seq in lane.cancel(transfer_id):
+                    self._apply(transfer, ChunkEnded(seq, "cancelled"))
+            case ReportLost(reason=reason):
+                self._loop.call_soon(self._host.on_lost, transfer_id, reason)
+            case ReportArrived():
+                self._loop.call_soon(
+                    self._host.on_arrived,
+                    transfer_id,
+                    effect.first_index,
+                    effect.token_ids,
+                    effect.num_bytes,
+                    effect.transfer_s,
+                    effect.exposed_s,
+                )

@@ -1,0 +1,293 @@
+"""The destination's half of one transfer, pure; the state table is in transfer.py. Decides what is received, said and
+reported. Knows no threads, links or tensors: a chunk is its number here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum, auto
+
+from kvtransfer.config import TransferConfig
+from kvtransfer.messages import Abort, Accept, Ack, Chunk, Commit, Offer, Refuse, Stamp, TransferKind, clip
+from kvtransfer.transfer import AbortAsked, CancelWork, LinkLost, Received, Tell, Tick
+
+
+@dataclass(frozen=True, slots=True)
+class Announced:
+    """The router named the source, the request and the attempt."""
+
+    stamp: Stamp
+    request_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class Granted:
+    num_held_blocks: int
+    block_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class RefusedByHost:
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkEnded:
+    """Written (error is empty), or bad, or cancelled; nothing writes this chunk's blocks any more."""
+
+    seq: int
+    error: str
+
+
+@dataclass(frozen=True, slots=True)
+class SourceLeft:
+    """The source is no longer a member."""
+
+
+DestinationEvent = (
+    Announced | Granted | RefusedByHost | ChunkEnded | SourceLeft | Received | AbortAsked | LinkLost | Tick
+)
+
+
+@dataclass(frozen=True, slots=True)
+class AskHost:
+    request_id: str
+    attempt: int
+    num_blocks: int
+
+
+@dataclass(frozen=True, slots=True)
+class Receive:
+    seq: int
+    block_ids: tuple[int, ...]
+    checksum: int
+
+
+@dataclass(frozen=True, slots=True)
+class ReportArrived:
+    first_index: int
+    token_ids: tuple[int, ...]
+    num_bytes: int
+    transfer_s: float  # from the grant to the last verified chunk
+    exposed_s: float  # the part of it after the source had computed its last block
+
+
+@dataclass(frozen=True, slots=True)
+class ReportLost:
+    reason: str
+
+
+DestinationEffect = Tell | AskHost | Receive | CancelWork | ReportArrived | ReportLost
+
+
+class DestinationState(Enum):
+    NEW = auto()
+    PARKED = auto()
+    WITHDRAWN = auto()
+    EXPECTED = auto()
+    OFFERED = auto()
+    RECEIVING = auto()
+    CLOSING = auto()
+    DONE = auto()
+
+
+State = DestinationState
+
+
+class DestinationTransfer:
+    """Invariant: granted blocks are being written only while `_receiving` names their chunk, and DONE is entered with
+    `_receiving` empty. What the host was told of (EXPECTED and later) ends in one report, or in its own refusal."""
+
+    def __init__(self, stamp: Stamp, request_id: str, block_nbytes: int, config: TransferConfig) -> None:
+        self.stamp = stamp
+        self.state = State.NEW
+        self._request_id = request_id
+        self._block_nbytes = block_nbytes
+        self._config = config
+        self._heard_at = 0.0
+        self._offer: Offer | None = None
+        self._lost_reason = ""  # in WITHDRAWN and CLOSING
+        self._granted = Granted(0, ())
+        self._granted_at = 0.0
+        self._commit: Commit | None = None
+        self._committed_at = 0.0
+        self._receiving: dict[int, Chunk] = {}
+        self._seen: set[int] = set()  # chunk numbers
+        self._claimed: set[int] = set()  # positions of blocks that some chunk has brought or is bringing
+        self._num_written = 0
+
+    @property
+    def deadline(self) -> float | None:
+        if self.state in (State.PARKED, State.WITHDRAWN):
+            return self._heard_at + self._config.expect_timeout_s
+        if self.state in (State.OFFERED, State.RECEIVING):
+            return self._heard_at + self._config.transfer_timeout_s
+        return None  # EXPECTED: the request may wait in the source's queue for as long as the router lets it
+
+    def on(self, event: DestinationEvent, now: float) -> list[DestinationEffect]:
+        if self.state is State.DONE:
+            return []
+        if not isinstance(event, Tick) and self.state not in (State.PARKED, State.WITHDRAWN):
+            self._heard_at = now
+        match event:
+            case Announced():
+                return self._on_announced(event)
+            case Received(message=Offer() as offer):
+                return self._on_offer(offer)
+            case Received(message=message):
+                assert message.stamp == self.stamp
+                return self._on_message(message, now)
+            case Granted():
+                return self._on_granted(event, now)
+            case RefusedByHost(reason=reason):
+                return self._on_refused_by_host(reason)
+            case ChunkEnded():
+                return self._on_chunk_ended(event, now)
+            case AbortAsked(reason=reason):
+                return self._end(reason, tell=True)
+            case LinkLost(reason=reason):
+                return [] if self.state is State.EXPECTED else self._end(reason, tell=False)
+            case SourceLeft():
+                return self._end("the source left", tell=False)
+            case Tick():
+                return self._on_tick(now)
+
+    def _on_announced(self, event: Announced) -> list[DestinationEffect]:
+        if self.state not in (State.NEW, State.PARKED, State.WITHDRAWN):
+            return []
+        was, known = self.state, (self.stamp, self._request_id)
+        self.state = State.EXPECTED
+        self.stamp, self._request_id = event.stamp, event.request_id
+        if was is State.NEW:
+            return []
+        assert self._offer is not None
+        if known != (event.stamp, event.request_id):
+            refusal = Tell(Refuse(self._offer.stamp, "the router announced another transfer by this id"))
+            return [refusal] if was is State.PARKED else []
+        return self._ask_host(self._offer) if was is State.PARKED else self._end(self._lost_reason, tell=False)
+
+    def _on_offer(self, offer: Offer) -> list[DestinationEffect]:
+        if offer.stamp != self.stamp or offer.request_id != self._request_id:
+            return [Tell(Refuse(offer.stamp, "the router announced another transfer by this id"))]
+        if self.state is State.EXPECTED:
+            return self._ask_host(offer)
+        if self.state is State.NEW:
+            self._offer = offer
+            self.state = State.PARKED
+        return []
+
+    def _ask_host(self, offer: Offer) -> list[DestinationEffect]:
+        self._offer = offer
+        self.state = State.OFFERED
+        if offer.kind is not TransferKind.HANDOFF:
+            return self._end(f"transfers of kind {offer.kind} are not served", tell=True)
+        return [AskHost(offer.request_id, offer.stamp.attempt, offer.num_blocks)]
+
+    def _on_granted(self, event: Granted, now: float) -> list[DestinationEffect]:
+        if self.state is not State.OFFERED:
+            return []  # ended while the host was thinking; it has been told
+        assert self._offer is not None
+        assert event.num_held_blocks + len(event.block_ids) == self._offer.num_blocks
+        self.state = State.RECEIVING
+        self._granted, self._granted_at = event, now
+        return [Tell(Accept(self.stamp, event.num_held_blocks))]
+
+    def _on_refused_by_host(self, reason: str) -> list[DestinationEffect]:
+        if self.state is not State.OFFERED:
+            return []
+        self.state = State.DONE
+        return [Tell(Refuse(self.stamp, clip(reason)))]
+
+    def _on_message(self, message: object, now: float) -> list[DestinationEffect]:
+        receiving = self.state is State.RECEIVING
+        match message:
+            case Chunk() if receiving:
+                return self._on_chunk(message)
+            case Commit() if receiving and self._commit is None:
+                self._commit, self._committed_at = message, now
+                return self._arrive_when_whole(now)
+            case Abort(reason=reason) if self.state is State.PARKED:
+                self.state, self._lost_reason = State.WITHDRAWN, reason
+            case Abort(reason=reason) if self.state is not State.WITHDRAWN:
+                return self._end(reason, tell=False)
+        return []  # repeated, late, or out of order
+
+    def _on_chunk(self, chunk: Chunk) -> list[DestinationEffect]:
+        if chunk.seq in self._seen:
+            return []
+        positions = range(chunk.first_block, chunk.first_block + chunk.num_blocks)
+        error = self._error_in(chunk, positions)
+        if error:
+            return self._end(error, tell=True)
+        self._seen.add(chunk.seq)
+        self._claimed.update(positions)
+        self._receiving[chunk.seq] = chunk
+        start = chunk.first_block - self._granted.num_held_blocks
+        return [Receive(chunk.seq, self._granted.block_ids[start : start + chunk.num_blocks], chunk.checksum)]
+
+    def _error_in(self, chunk: Chunk, positions: range) -> str:
+        held, granted = self._granted.num_held_blocks, self._granted.block_ids
+        if not 0 < chunk.num_blocks <= self._config.num_chunk_blocks(self._block_nbytes):
+            return f"a chunk of {chunk.num_blocks} blocks"
+        if positions.start < held or positions.stop > held + len(granted):
+            return f"a chunk of blocks [{positions.start}, {positions.stop}) outside the grant"
+        if not self._claimed.isdisjoint(positions):
+            return f"a second chunk for blocks in [{positions.start}, {positions.stop})"
+        if chunk.num_bytes != chunk.num_blocks * self._block_nbytes:
+            return f"a chunk of {chunk.num_blocks} blocks in {chunk.num_bytes} bytes"
+        return ""
+
+    def _on_chunk_ended(self, event: ChunkEnded, now: float) -> list[DestinationEffect]:
+        chunk = self._receiving.pop(event.seq)
+        if self.state is State.CLOSING:
+            return self._lose_when_quiet()
+        if event.error:
+            return self._end(event.error, tell=True)
+        self._num_written += chunk.num_blocks
+        return self._arrive_when_whole(now)
+
+    def _arrive_when_whole(self, now: float) -> list[DestinationEffect]:
+        if self._commit is None or self._num_written < len(self._granted.block_ids):
+            return []
+        assert not self._receiving
+        self.state = State.DONE
+        arrived = ReportArrived(
+            self._commit.first_index,
+            self._commit.token_ids,
+            self._num_written * self._block_nbytes,
+            transfer_s=now - self._granted_at,
+            exposed_s=now - self._committed_at,
+        )
+        return [Tell(Ack(self.stamp)), arrived]
+
+    def _on_tick(self, now: float) -> list[DestinationEffect]:
+        deadline = self.deadline
+        if deadline is None or now < deadline:
+            return []
+        if self.state is State.PARKED:
+            self.state = State.DONE
+            return [Tell(Refuse(self.stamp, "the router has not announced this transfer"))]
+        return self._end(f"nothing heard in {self.state.name}", tell=True)
+
+    def _end(self, reason: str, *, tell: bool) -> list[DestinationEffect]:
+        """Give up, and report it to a host that knows of the transfer."""
+        was, self.state = self.state, State.DONE
+        match was:
+            case State.PARKED | State.WITHDRAWN:
+                return []
+            case State.EXPECTED:
+                return [ReportLost(reason)]
+            case State.OFFERED:
+                told: list[DestinationEffect] = [Tell(Refuse(self.stamp, clip(reason)))] if tell else []
+                return [*told, ReportLost(reason)]
+        self.state = State.CLOSING
+        if was is State.CLOSING:
+            return []
+        self._lost_reason = reason
+        told = [Tell(Abort(self.stamp, clip(reason)))] if tell else []
+        return [*told, CancelWork(), *self._lose_when_quiet()]
+
+    def _lose_when_quiet(self) -> list[DestinationEffect]:
+        if self._receiving:
+            return []
+        self.state = State.DONE
+        return [ReportLost(self._lost_reason)]

@@ -1,0 +1,33 @@
+"""What the transfer agent tells the worker that it serves."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+
+class TransferHost(Protocol):
+    """Called on the event-loop thread, never from within a call into the agent; must not block. Each transfer that the
+    host opened or expects ends in exactly one of arrived, lost, refused, closed, or in the host's own `refuse`."""
+
+    def on_offered(self, transfer_id: bytes, request_id: str, attempt: int, num_blocks: int) -> None:
+        """Destination: answer, now or later, by the agent's grant or refuse."""
+
+    def on_arrived(
+        self,
+        transfer_id: bytes,
+        first_index: int,
+        token_ids: tuple[int, ...],
+        num_bytes: int,
+        transfer_s: float,
+        exposed_s: float,
+    ) -> None:
+        """Destination: every granted block is verified and written."""
+
+    def on_lost(self, transfer_id: bytes, reason: str) -> None:
+        """Destination: it will not come, and nothing writes to the granted blocks any more."""
+
+    def on_refused(self, transfer_id: bytes, reason: str) -> None:
+        """Source: the destination took nothing."""
+
+    def on_closed(self, transfer_id: bytes) -> None:
+        """Source: acknowledged, aborted or expired, and nothing reads the blocks any more."""

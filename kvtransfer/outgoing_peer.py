@@ -1,0 +1,141 @@
+"""The dialling end of control stream and link to one life of one worker. Decides when to dial again, and that a link is
+warm: handshake done, a byte proven each way. Knows nothing of transfers."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+
+import grpc
+
+from kvtransfer.block_store import BlockStore
+from kvtransfer.config import TransferConfig
+from kvtransfer.handshake import mismatch, terms_of
+from kvtransfer.messages import MAX_FRAME_NBYTES, Hello, HelloRefused, LinkOffer, Message
+from kvtransfer.peer_channel import ChannelLost, PeerChannel
+from kvtransfer.source_lane import OnGathered, SourceLane
+from kvtransfer.transport import LinkFailed, Transport
+from protos import worker_pb2_grpc
+from protos.types import PeerRef
+
+logger = logging.getLogger("twinring.kvtransfer")
+
+_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.1, 2.0
+_CHANNEL_OPTIONS = [
+    ("grpc.use_local_subchannel_pool", 1),  # a worker that returns to an old address must not meet an old backoff
+    ("grpc.enable_http_proxy", 0),
+    ("grpc.max_receive_message_length", MAX_FRAME_NBYTES + 64),
+]
+
+
+class HandshakeRefused(Exception):
+    """These two lives will never agree."""
+
+
+class OutgoingPeer:
+    """Invariant: `lane` is set exactly while the link is warm and its loss has not been told by on_lost."""
+
+    def __init__(
+        self,
+        me: PeerRef,
+        peer: PeerRef,
+        store: BlockStore,
+        config: TransferConfig,
+        transport: Transport,
+        on_message: Callable[[OutgoingPeer, Message], None],
+        on_gathered: OnGathered,
+        on_lost: Callable[[OutgoingPeer, str], None],
+    ) -> None:
+        self.peer = peer
+        self.lane: SourceLane | None = None
+        self.not_warm_because = "not connected yet"
+        self._me = me
+        self._store = store
+        self._config = config
+        self._transport = transport
+        self._on_message = on_message
+        self._on_gathered = on_gathered
+        self._on_lost = on_lost
+        self._channel: PeerChannel | None = None
+        self._task = asyncio.create_task(self._keep_connected())
+
+    def send(self, message: Message) -> None:
+        """Dropped where there is no stream: the transfer hears of that as a lost link."""
+        if self._channel is not None:
+            self._channel.send(message)
+
+    def drop(self, reason: str) -> None:
+        """Its transfers hear of the loss at once; threads and descriptors are gone when `closed` returns."""
+        self._lose(reason)
+        self._task.cancel()
+
+    async def closed(self) -> None:
+        await asyncio.gather(self._task, return_exceptions=True)
+
+    def _lose(self, reason: str) -> None:
+        if self.lane is not None:
+            self._on_lost(self, reason)
+        self.lane = self._channel = None
+
+    async def _keep_connected(self) -> None:
+        pause_s = _FIRST_PAUSE_S
+        while True:
+            try:
+                was_warm, reason = await self._live()
+            except HandshakeRefused as refused:
+                self.not_warm_because = f"refused: {refused}"
+                logger.error("no KV link to %s: %s", self.peer.worker_id, refused)
+                return
+            self.not_warm_because = reason
+            logger.warning("KV link to %s is down: %s", self.peer.worker_id, reason)
+            pause_s = _FIRST_PAUSE_S if was_warm else min(2 * pause_s, _LONGEST_PAUSE_S)
+            await asyncio.sleep(pause_s)
+
+    async def _live(self) -> tuple[bool, str]:
+        """From dialling to the loss of the link: whether it was ever warm, and why it was lost."""
+        async with grpc.aio.insecure_channel(self.peer.address, options=_CHANNEL_OPTIONS) as rpc:
+            channel = PeerChannel(worker_pb2_grpc.PeerStub(rpc).Control(), self._config)
+            lane: SourceLane | None = None
+            reason = "closed"
+            try:
+                lane = self._make_lane(channel, await self._shake_hands(channel))
+                await lane.connect()
+                self.lane, self._channel = lane, channel
+                logger.info("KV link to %s is warm", self.peer.worker_id)
+                reason = await channel.run(lambda message: self._on_message(self, message))
+                return True, reason
+            except (ChannelLost, LinkFailed) as lost:
+                return False, str(lost)
+            finally:
+                self._lose(reason)
+                if lane is not None:
+                    await lane.close()
+
+    async def _shake_hands(self, channel: PeerChannel) -> LinkOffer:
+        mine = terms_of(self._store.layout, self._config)
+        await channel.write(Hello(self._me, self.peer.incarnation, mine))
+        answer = await channel.read(self._config.connect_timeout_s)
+        if isinstance(answer, HelloRefused):
+            if answer.is_final:
+                raise HandshakeRefused(answer.reason)
+            raise ChannelLost(answer.reason)
+        if not isinstance(answer, Hello):
+            raise ChannelLost(f"answered a hello by {type(answer).__name__}")
+        if answer.sender.incarnation != self.peer.incarnation:
+            raise HandshakeRefused(f"dialled {self.peer.incarnation}, met {answer.sender.incarnation}")
+        if difference := mismatch(answer.terms, mine):
+            raise HandshakeRefused(difference)
+        offer = await channel.read(self._config.connect_timeout_s)
+        if not isinstance(offer, LinkOffer):
+            raise ChannelLost(f"offered a link by {type(offer).__name__}")
+        return offer
+
+    def _make_lane(self, channel: PeerChannel, offer: LinkOffer) -> SourceLane:
+        loop = asyncio.get_running_loop()
+
+        def on_failure(reason: str) -> None:
+            loop.call_soon_threadsafe(channel.close, f"link: {reason}")
+
+        link = self._transport.dial(offer, on_failure)
+        return SourceLane(f"kv-to-{self.peer.worker_id}", link, self._store, self._config, self._on_gathered)

@@ -1,0 +1,164 @@
+"""The sending end of one link at work: gather, checksum, send. Decides which chunk gets the next free staging slot, and
+nothing about transfers."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from enum import Enum, auto
+
+import torch
+
+from kvtransfer.block_store import BlockStore
+from kvtransfer.config import TransferConfig
+from kvtransfer.lane_thread import LaneThread, Ticket
+from kvtransfer.staging import StagingRing, as_bytes, checksum_of
+from kvtransfer.transport import LinkFailed, SenderLink
+
+OnGathered = Callable[[bytes, int, int], None]  # transfer_id, seq, checksum
+
+
+class _Phase(Enum):
+    GATHERING = auto()  # waiting for a slot, for the thread, or being gathered
+    STAGED = auto()
+
+
+@dataclass(eq=False)
+class _Chunk:
+    transfer_id: bytes
+    seq: int
+    block_ids: tuple[int, ...]
+    slot: int | None = None
+    phase: _Phase = _Phase.GATHERING
+    is_dropped: bool = False  # cancelled during its gather
+    ticket: Ticket = field(default_factory=Ticket)
+
+
+class SourceLane:
+    """Methods run on the event loop, gathers and the wire on the lane's thread. Invariant: a slot is free, or belongs
+    to one chunk from before its gather until it was sent or dropped; blocks are read only between begin of a chunk's
+    ticket and its on_gathered."""
+
+    def __init__(
+        self, name: str, link: SenderLink, store: BlockStore, config: TransferConfig, on_gathered: OnGathered
+    ) -> None:
+        self._link = link
+        self._store = store
+        num_slot_blocks = config.num_chunk_blocks(store.layout.block_nbytes)
+        self._ring = StagingRing(store.layout, config.num_staging_chunks, num_slot_blocks)
+        self._checksum = checksum_of(config.checksum)
+        self._on_gathered = on_gathered
+        self._loop = asyncio.get_running_loop()
+        self._thread = LaneThread(name)
+        self._join_timeout_s = config.connect_timeout_s + config.chunk_timeout_s
+        self._waiting: deque[_Chunk] = deque()
+        self._chunks: dict[tuple[bytes, int], _Chunk] = {}  # not yet handed to the wire
+        self._next_number = 0
+        self._on_wire: deque[tuple[int, int | None]] = deque()  # (number, slot); the thread's own
+
+    async def connect(self) -> None:
+        await self._thread.run(self._link.connect)
+
+    def gather(self, transfer_id: bytes, seq: int, block_ids: tuple[int, ...]) -> None:
+        chunk = _Chunk(transfer_id, seq, block_ids)
+        self._chunks[transfer_id, seq] = chunk
+        self._waiting.append(chunk)
+        self._fill_slots()
+
+    def send(self, transfer_id: bytes, seq: int, number: int) -> None:
+        """Send a staged chunk as operation `number`; its slot is free again once it is gone."""
+        chunk = self._chunks.pop((transfer_id, seq))
+        assert chunk.phase is _Phase.STAGED and chunk.slot is not None
+        if self._take_number(number):
+            slot, staged = chunk.slot, self._staged(chunk)
+            self._thread.submit(lambda: self._send(number, as_bytes(staged), slot))
+        else:
+            self._free(chunk.slot)
+
+    def send_filler(self, number: int, num_bytes: int) -> None:
+        if self._take_number(number):
+            self._thread.submit(lambda: self._send(number, torch.zeros(num_bytes, dtype=torch.uint8), None))
+
+    def cancel(self, transfer_id: bytes) -> list[int]:
+        """Drop what is not on the wire. Answers the chunks whose gather has not begun and never will."""
+        cancelled = []
+        for chunk in [chunk for chunk in self._chunks.values() if chunk.transfer_id == transfer_id]:
+            if chunk.phase is _Phase.STAGED:
+                del self._chunks[transfer_id, chunk.seq]
+                self._free(chunk.slot)
+            elif chunk.ticket.cancel():
+                del self._chunks[transfer_id, chunk.seq]
+                cancelled.append(chunk.seq)
+            else:
+                chunk.is_dropped = True
+        self._waiting = deque(chunk for chunk in self._waiting if (chunk.transfer_id, chunk.seq) in self._chunks)
+        return cancelled
+
+    async def close(self) -> None:
+        await asyncio.to_thread(self._link.close)
+        await asyncio.to_thread(self._thread.close, self._join_timeout_s)
+
+    def _take_number(self, number: int) -> bool:
+        """False for one that was sent before. A gap means that a `ready` was lost: the link cannot go on."""
+        if number == self._next_number:
+            self._next_number += 1
+            return True
+        if number > self._next_number:
+            self._link.fail(f"operation {number} asked for, {self._next_number} is next")
+        return False
+
+    def _fill_slots(self) -> None:
+        while self._waiting and (slot := self._ring.take()) is not None:
+            chunk = self._waiting.popleft()
+            chunk.slot = slot
+            self._thread.submit(lambda chunk=chunk: self._gather(chunk))  # type: ignore[misc]
+
+    def _free(self, slot: int | None) -> None:
+        if slot is not None:
+            self._ring.release(slot)
+            self._fill_slots()
+
+    def _staged(self, chunk: _Chunk) -> torch.Tensor:
+        assert chunk.slot is not None
+        return self._ring.blocks(chunk.slot, len(chunk.block_ids))
+
+    # --- on the thread ----------------------------------------------------------------------------------------------
+
+    def _gather(self, chunk: _Chunk) -> None:
+        if not chunk.ticket.begin():
+            self._loop.call_soon_threadsafe(self._free, chunk.slot)
+        else:
+            staged = self._staged(chunk)
+            self._store.gather(chunk.block_ids, staged)
+            digest = self._checksum(as_bytes(staged))
+            self._loop.call_soon_threadsafe(self._gathered, chunk, digest)
+        self._reap()
+
+    def _gathered(self, chunk: _Chunk, digest: int) -> None:
+        """On the event loop, unlike its neighbours."""
+        chunk.phase = _Phase.STAGED
+        if chunk.is_dropped:
+            del self._chunks[chunk.transfer_id, chunk.seq]
+            self._free(chunk.slot)
+        self._on_gathered(chunk.transfer_id, chunk.seq, digest)
+
+    def _send(self, number: int, data: torch.Tensor, slot: int | None) -> None:
+        try:
+            self._link.post(number, data)
+        except LinkFailed:
+            return  # it has said so itself; the ring goes with the link
+        self._on_wire.append((number, slot))
+        self._reap()
+
+    def _reap(self) -> None:
+        """Wait for sends, but for the latest only where there is nothing to gather meanwhile."""
+        while self._on_wire and (len(self._on_wire) > 1 or self._thread.is_idle):
+            number, slot = self._on_wire.popleft()
+            try:
+                self._link.wait(number)
+            except LinkFailed:
+                self._on_wire.clear()
+                return
+            self._loop.call_soon_threadsafe(self._free, slot)

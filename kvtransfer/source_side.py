@@ -1,0 +1,189 @@
+"""The worker as a source: its open transfers and the peers it dials. Carries out what source_transfer.py decides."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+
+from kvtransfer.block_store import BlockStore
+from kvtransfer.config import TransferConfig
+from kvtransfer.counters import TransferCounters
+from kvtransfer.host import TransferHost
+from kvtransfer.messages import Abort, Accept, Message, Ready, Stamp, TransferMessage
+from kvtransfer.outgoing_peer import OutgoingPeer
+from kvtransfer.source_lane import SourceLane
+from kvtransfer.source_transfer import (
+    BlocksComputed,
+    CommitAsked,
+    Gather,
+    GatherCancelled,
+    Gathered,
+    Opened,
+    ReportClosed,
+    ReportRefused,
+    SendChunk,
+    SendFiller,
+    SourceEffect,
+    SourceEvent,
+    SourceTransfer,
+)
+from kvtransfer.transfer import AbortAsked, CancelWork, LinkLost, Received, Tell, Tick
+from kvtransfer.transport import Transport
+from protos.types import PeerRef
+
+logger = logging.getLogger("twinring.kvtransfer")
+
+
+class SourceSide:
+    """Invariant: `_transfers` holds exactly the transfers that have not ended; `_peers` is keyed by incarnation."""
+
+    def __init__(
+        self,
+        me: PeerRef,
+        store: BlockStore,
+        host: TransferHost,
+        config: TransferConfig,
+        transport: Transport,
+        counters: TransferCounters,
+    ) -> None:
+        self._me = me
+        self._store = store
+        self._host = host
+        self._config = config
+        self._transport = transport
+        self._counters = counters
+        self._loop = asyncio.get_running_loop()
+        self._transfers: dict[bytes, SourceTransfer] = {}
+        self._peers: dict[str, OutgoingPeer] = {}
+        self._closing: set[asyncio.Task[None]] = set()
+
+    @property
+    def num_open(self) -> int:
+        return len(self._transfers)
+
+    @property
+    def warm_links(self) -> tuple[str, ...]:
+        return tuple(peer.peer.worker_id for peer in self._peers.values() if peer.lane is not None)
+
+    # --- peers ------------------------------------------------------------------------------------------------------
+
+    def set_peers(self, peers: tuple[PeerRef, ...]) -> None:
+        wanted = {peer.incarnation: peer for peer in peers}
+        for incarnation in self._peers.keys() - wanted.keys():
+            peer = self._peers[incarnation]
+            peer.drop("no longer a member")
+            del self._peers[incarnation]
+            task = self._loop.create_task(peer.closed())
+            self._closing.add(task)
+            task.add_done_callback(self._closing.discard)
+        for incarnation in wanted.keys() - self._peers.keys():
+            self._peers[incarnation] = OutgoingPeer(
+                self._me,
+                wanted[incarnation],
+                self._store,
+                self._config,
+                self._transport,
+                self._on_message,
+                self._on_gathered,
+                self._on_peer_lost,
+            )
+
+    async def close(self) -> None:
+        for transfer_id in list(self._transfers):
+            self.abort(transfer_id, "the worker is closing")
+        self.set_peers(())
+        await asyncio.gather(*self._closing)
+
+    def _on_peer_lost(self, peer: OutgoingPeer, reason: str) -> None:
+        for transfer in list(self._transfers.values()):
+            if transfer.stamp.destination_incarnation == peer.peer.incarnation:
+                self._apply(transfer, LinkLost(reason))
+
+    # --- what the host asks for ---------------------------------------------------------------------------------------
+
+    def open(self, transfer_id: bytes, peer: PeerRef, request_id: str, attempt: int, num_blocks: int) -> None:
+        assert transfer_id not in self._transfers, "a transfer id is used once"
+        outgoing = self._peers.get(peer.incarnation)
+        if outgoing is None or outgoing.lane is None:
+            why = outgoing.not_warm_because if outgoing else "not a member to be dialled"
+            self._loop.call_soon(self._host.on_refused, transfer_id, f"no warm link to {peer.worker_id}: {why}")
+            return
+        stamp = Stamp(transfer_id, attempt, self._me.incarnation, peer.incarnation)
+        block_nbytes = self._store.layout.block_nbytes
+        transfer = SourceTransfer(stamp, request_id, num_blocks, block_nbytes, self._config)
+        self._transfers[transfer_id] = transfer
+        self._apply(transfer, Opened())
+
+    def send_blocks(self, transfer_id: bytes, first_block: int, block_ids: tuple[int, ...]) -> None:
+        self._apply_if_open(transfer_id, BlocksComputed(first_block, block_ids))
+
+    def commit(self, transfer_id: bytes, first_index: int, token_ids: tuple[int, ...]) -> None:
+        self._apply_if_open(transfer_id, CommitAsked(first_index, token_ids))
+
+    def abort(self, transfer_id: bytes, reason: str) -> None:
+        self._apply_if_open(transfer_id, AbortAsked(reason))
+
+    def tick(self, now: float) -> None:
+        for transfer in list(self._transfers.values()):
+            if transfer.deadline is not None and transfer.deadline <= now:
+                self._apply(transfer, Tick())
+
+    # --- what peers and lanes say -------------------------------------------------------------------------------------
+
+    def _on_message(self, peer: OutgoingPeer, message: Message) -> None:
+        if not isinstance(message, TransferMessage):
+            logger.warning("%s sent an unexpected %s", peer.peer.worker_id, type(message).__name__)
+            return
+        transfer = self._transfers.get(message.stamp.transfer_id)
+        if transfer is not None and transfer.stamp == message.stamp:
+            self._apply(transfer, Received(message))
+            return
+        if transfer is None:
+            self._counters.num_unknown_transfers += 1
+        else:
+            self._counters.num_stale_messages += 1
+        if isinstance(message, Ready) and peer.lane is not None:
+            peer.lane.send_filler(message.number, message.num_bytes)
+        elif isinstance(message, Accept):
+            peer.send(Abort(message.stamp, "the source has no such transfer"))
+
+    def _on_gathered(self, transfer_id: bytes, seq: int, checksum: int) -> None:
+        self._apply(self._transfers[transfer_id], Gathered(seq, checksum))
+
+    # --- carrying out -------------------------------------------------------------------------------------------------
+
+    def _apply_if_open(self, transfer_id: bytes, event: SourceEvent) -> None:
+        """A transfer that is not there has ended, and the host has been told or will be in this turn of the loop."""
+        if (transfer := self._transfers.get(transfer_id)) is not None:
+            self._apply(transfer, event)
+
+    def _apply(self, transfer: SourceTransfer, event: SourceEvent) -> None:
+        for effect in transfer.on(event, self._loop.time()):
+            self._execute(transfer, effect)
+
+    def _execute(self, transfer: SourceTransfer, effect: SourceEffect) -> None:
+        transfer_id = transfer.stamp.transfer_id
+        match effect:
+            case Tell(message=message):
+                self._peers[transfer.stamp.destination_incarnation].send(message)
+            case Gather(seq=seq, block_ids=block_ids):
+                self._lane_of(transfer).gather(transfer_id, seq, block_ids)
+            case SendChunk(seq=seq, number=number):
+                self._lane_of(transfer).send(transfer_id, seq, number)
+            case SendFiller(number=number, num_bytes=num_bytes):
+                self._lane_of(transfer).send_filler(number, num_bytes)
+            case CancelWork():
+                for seq in self._lane_of(transfer).cancel(transfer_id):
+                    self._apply(transfer, GatherCancelled(seq))
+            case ReportRefused(reason=reason):
+                del self._transfers[transfer_id]
+                self._loop.call_soon(self._host.on_refused, transfer_id, reason)
+            case ReportClosed():
+                del self._transfers[transfer_id]
+                self._loop.call_soon(self._host.on_closed, transfer_id)
+
+    def _lane_of(self, transfer: SourceTransfer) -> SourceLane:
+        """An open transfer has its lane until it is told of the link's loss; what follows needs none."""
+        lane = self._peers[transfer.stamp.destination_incarnation].lane
+        assert lane is not None
+        return lane

@@ -1,0 +1,46 @@
+"""The public Cluster service: a read-only view for operators."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from protos import inference_pb2 as pb
+from protos.inference_pb2_grpc import ClusterServicer
+from router.config import RouterConfig
+from router.router import Router
+from router.status import ClusterStatus
+
+
+class ClusterService(ClusterServicer):
+    def __init__(
+        self,
+        config: RouterConfig,
+        router: Router,
+        status: ClusterStatus,
+        worker_loads: Callable[[], list[pb.WorkerLoad]],
+        model: str,
+        version: str,
+    ) -> None:
+        self._config = config
+        self._router = router
+        self._status = status
+        self._worker_loads = worker_loads
+        self._model = model
+        self._version = version
+
+    async def GetStatus(self, message: pb.GetStatusRequest, context: object) -> pb.GetStatusResponse:
+        shortfall = self._status.shortfall()
+        statistics = self._router.statistics
+        return pb.GetStatusResponse(
+            ready=not shortfall,
+            message=f"not ready: {shortfall}" if shortfall else "ready",
+            mode=self._config.mode,
+            model=self._model,
+            version=self._version,
+            num_requests_in_flight=self._router.num_in_flight,
+            num_requests_finished=statistics.num_finished,
+            num_failovers=statistics.num_failovers,
+            membership_version=self._status.membership_version,
+            workers=self._worker_loads(),
+            events=[pb.ClusterEvent(at_unix_s=event.at_unix_s, message=event.message) for event in self._status.events],
+        )

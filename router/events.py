@@ -1,0 +1,104 @@
+"""What goes into a Router and what comes out of it: plain values, no behaviour."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from protos.types import Abort, FinishReason, GenerateRequest, PeerRef, Retarget, WorkerReport
+from router.account import RequestAccount
+
+# --- events -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Arrived:
+    """A valid request: attempt 0, no handoff, token_ids = the prompt. `links` are its hash blocks' chain."""
+
+    request: GenerateRequest
+    links: tuple[bytes, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ClientCancelled:
+    """Nobody waits for the request any more."""
+
+    request_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class AbortRequested:
+    """The caller asked to end the request; its call still waits for the last word."""
+
+    request_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class StopMatched:
+    """The text layer found a stop string in what was delivered."""
+
+    request_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerUp:
+    ref: PeerRef
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerDown:
+    worker_id: str
+    incarnation: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Reported:
+    worker_id: str
+    incarnation: str
+    report: WorkerReport
+
+
+@dataclass(frozen=True, slots=True)
+class Tick:
+    """Time has passed."""
+
+
+Event = Arrived | ClientCancelled | AbortRequested | StopMatched | WorkerUp | WorkerDown | Reported | Tick
+
+# --- effects ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Send:
+    """To one live worker. A worker takes submits before retargets before aborts, whichever share a frame."""
+
+    worker_id: str
+    submits: tuple[GenerateRequest, ...] = ()
+    retargets: tuple[Retarget, ...] = ()
+    aborts: tuple[Abort, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Deliver:
+    """Output tokens [first_index, first_index + len(token_ids)), each index once and in order. The last Deliver of a
+    request has a finish reason and the account."""
+
+    request_id: str
+    first_index: int
+    token_ids: tuple[int, ...]
+    num_cached_tokens: int = 0
+    finish_reason: FinishReason | None = None
+    account: RequestAccount | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Fail:
+    """The request ends without a result. `code` is the name of a gRPC status code."""
+
+    request_id: str
+    code: str
+    message: str
+    retry_after_s: float | None = None
+
+
+Effect = Send | Deliver | Fail

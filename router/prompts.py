@@ -1,0 +1,54 @@
+"""Turns a client's prompt into token ids and the chain of its hash blocks, without holding up the event loop."""
+
+from __future__ import annotations
+
+import asyncio
+from array import array
+from concurrent.futures import ThreadPoolExecutor
+
+from protos.block_hash import chain_hashes
+from router.config import RouterConfig
+from router.served_model import ServedModel
+from router.validation import PublicRequest
+
+MAX_INLINE_CHARS = 2000  # a longer text is tokenized in a thread
+NUM_THREADS = 2
+
+
+class TooManyPrompts(RuntimeError):
+    """The threads have as many prompts before them as they may have."""
+
+
+class PromptReader:
+    def __init__(self, served: ServedModel, config: RouterConfig) -> None:
+        self._served = served
+        self._config = config
+        self._threads = ThreadPoolExecutor(NUM_THREADS, thread_name_prefix="tokenizer")
+        self._num_tokenizing = 0
+        # A tokenizer settles its truncation and padding in its first call; later calls only read, from any thread.
+        served.encode("warm")
+
+    async def token_ids(self, request: PublicRequest) -> array[int]:
+        if request.input_ids is not None:
+            return array("i", request.input_ids)
+        assert request.text is not None
+        if len(request.text) <= MAX_INLINE_CHARS:
+            return array("i", self._served.encode(request.text))
+        return await self._in_thread(request.text)
+
+    def links(self, token_ids: array[int], cache_salt: bytes) -> tuple[bytes, ...]:
+        root = self._served.root(cache_salt)
+        return tuple(chain_hashes(token_ids, self._served.hash_block_size, root, self._served.hash_key))
+
+    def close(self) -> None:
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+    async def _in_thread(self, text: str) -> array[int]:
+        if self._num_tokenizing >= self._config.max_tokenizing:
+            raise TooManyPrompts(f"{self._num_tokenizing} long prompts wait to be tokenized, the most that may")
+        self._num_tokenizing += 1
+        try:
+            loop = asyncio.get_running_loop()
+            return array("i", await loop.run_in_executor(self._threads, self._served.encode, text))
+        finally:
+            self._num_tokenizing -= 1

@@ -1,0 +1,317 @@
+"""The life of every request in flight, from arrival to its last word: dispatch, hand-over, failover, cancellation.
+Decides when an attempt starts and ends. Where it runs is placement.py's; text, sockets and clocks are the shell's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, replace
+from typing import assert_never
+
+from protos.types import Abort, FinishReason, Handoff, HandoffRefused, PeerRef, Retarget, TokenOutput
+from router.cluster_view import ClusterView, WorkerView
+from router.commit_log import CommitLog
+from router.config import RouterConfig
+from router.events import (
+    AbortRequested,
+    Arrived,
+    ClientCancelled,
+    Deliver,
+    Effect,
+    Event,
+    Fail,
+    Reported,
+    Send,
+    StopMatched,
+    Tick,
+    WorkerDown,
+    WorkerUp,
+)
+from router.in_flight import Attempt, InFlight
+from router.placement import Planner
+
+RETRY_AFTER_S = 1.0
+
+
+@dataclass(slots=True)
+class RouterStatistics:
+    num_finished: int = 0  # with a last Deliver
+    num_failed: int = 0
+    num_cancelled: int = 0
+    num_failovers: int = 0  # attempts after the first
+    num_stale_reports: int = 0  # from older attempts, other incarnations or workers, or for finished requests
+
+
+class Router:
+    """Invariant: a request is in flight from Arrived until exactly one last word (a Deliver with a finish reason, a
+    Fail, or its cancellation); between these each output index is delivered once and in order. Afterwards nothing
+    here remembers it."""
+
+    def __init__(self, config: RouterConfig, make_transfer_id: Callable[[], bytes]) -> None:
+        self.view = ClusterView(config)
+        self.statistics = RouterStatistics()
+        self._config = config
+        self._planner = Planner(config, self.view)
+        self._make_transfer_id = make_transfer_id
+        self._in_flight: dict[str, InFlight] = {}
+        self._by_client_id: dict[tuple[str, str], str] = {}  # (tenant, client's id) -> request_id
+
+    @property
+    def num_in_flight(self) -> int:
+        return len(self._in_flight)
+
+    def find(self, tenant: str, client_request_id: str) -> str | None:
+        """The internal id of a caller's request in flight."""
+        return self._by_client_id.get((tenant, client_request_id))
+
+    def on(self, event: Event, now: float) -> list[Effect]:
+        match event:
+            case Arrived():
+                return self._arrived(event, now)
+            case ClientCancelled(request_id):
+                return self._cancelled(request_id)
+            case AbortRequested(request_id):
+                return self._ended_by_router(request_id, FinishReason.ABORT, now)
+            case StopMatched(request_id):
+                return self._ended_by_router(request_id, FinishReason.STOP, now)
+            case WorkerUp(ref):
+                return self._worker_up(ref, now)
+            case WorkerDown():
+                return self._worker_down(event, now)
+            case Reported():
+                return self._reported(event, now)
+            case Tick():
+                return self._expire_waiting(now)
+        assert_never(event)
+
+    # --- clients --------------------------------------------------------------------------------------------------
+
+    def _arrived(self, event: Arrived, now: float) -> list[Effect]:
+        request = event.request
+        assert request.attempt == 0 and request.request_id not in self._in_flight, request.request_id
+        client_key = (request.tenant, request.client_request_id)
+        if client_key in self._by_client_id:
+            return [self._refuse(event, "ALREADY_EXISTS", f"request_id {client_key[1]!r} is in flight already")]
+        if len(self._in_flight) >= self._config.max_in_flight:
+            message = f"{len(self._in_flight)} requests are in flight, the most that are taken"
+            return [self._refuse(event, "RESOURCE_EXHAUSTED", message, RETRY_AFTER_S)]
+        log = CommitLog(self._config.max_pending_tokens)
+        in_flight = InFlight(request, event.links, log, arrived_at=now, waiting_since=now)
+        self._in_flight[request.request_id] = in_flight
+        self._by_client_id[client_key] = request.request_id
+        return self._dispatch(in_flight, now)
+
+    def _refuse(self, event: Arrived, code: str, message: str, retry_after_s: float | None = None) -> Fail:
+        self.statistics.num_failed += 1
+        return Fail(event.request.request_id, code, message, retry_after_s)
+
+    def _cancelled(self, request_id: str) -> list[Effect]:
+        in_flight = self._in_flight.get(request_id)
+        if in_flight is None:
+            return []
+        self.statistics.num_cancelled += 1
+        self._forget(in_flight)
+        return self._end_attempt(in_flight)
+
+    def _ended_by_router(self, request_id: str, finish_reason: FinishReason, now: float) -> list[Effect]:
+        """The last word comes from here, and the workers are told to stop."""
+        in_flight = self._in_flight.get(request_id)
+        return [] if in_flight is None else self._finish(in_flight, finish_reason, (), now)
+
+    # --- an attempt's start and end -------------------------------------------------------------------------------
+
+    def _dispatch(self, in_flight: InFlight, now: float) -> list[Effect]:
+        """Start an attempt where a worker is up; else the request goes on waiting."""
+        assert in_flight.attempt is None
+        plan = self._planner.plan(in_flight.links, in_flight.num_tokens, in_flight.num_remaining_tokens)
+        if plan is None:
+            return []
+        in_flight.num_attempts += 1
+        attempt = Attempt(in_flight.num_attempts, len(in_flight.log), plan, self._make_transfer_id())
+        in_flight.attempt = attempt
+        request_id = in_flight.request_id
+        plan.prefill.pending_tokens[request_id] = in_flight.num_tokens - plan.num_predicted_cached_tokens
+        plan.prefill.prefixes.note(in_flight.links)
+        submit = replace(in_flight.submit(attempt, now), handoff_to=attempt.handoff_to())
+        return [Send(plan.prefill.worker_id, submits=(submit,)), *self._place_decode(in_flight, attempt, now)]
+
+    def _place_decode(self, in_flight: InFlight, attempt: Attempt, now: float) -> list[Effect]:
+        """Charge the worker that will decode; tell it to expect the KV where that is not the one that prefills."""
+        plan = attempt.plan
+        num_blocks = -(-in_flight.num_tokens // self._config.block_size)
+        plan.decoding_worker.placed_blocks[in_flight.request_id] = num_blocks
+        if plan.decode is None:
+            return []
+        handoff = Handoff(attempt.transfer_id, plan.prefill.ref)
+        submit = replace(in_flight.submit(attempt, now), handoff_from=handoff)
+        return [Send(plan.decode.worker_id, submits=(submit,))]
+
+    def _end_attempt(self, in_flight: InFlight, done: Collection[str] = ()) -> list[Effect]:
+        """No worker is to do anything more for it; those in `done` have stopped by themselves."""
+        attempt = in_flight.attempt
+        if attempt is None:
+            return []
+        for view in attempt.workers:
+            view.release(in_flight.request_id)
+        abort = Abort(in_flight.request_id, attempt.number)
+        live = (view.worker_id for view in attempt.workers if self.view.is_live(view))
+        return [Send(worker_id, aborts=(abort,)) for worker_id in live if worker_id not in done]
+
+    def _fail_over(self, in_flight: InFlight, reason: str, now: float) -> list[Effect]:
+        """This attempt is lost: resume behind the last committed token, on whatever workers are up."""
+        effects = self._end_attempt(in_flight)
+        in_flight.attempt, in_flight.last_failure, in_flight.waiting_since = None, reason, now
+        in_flight.log.start_over()
+        if in_flight.num_remaining_tokens == 0:
+            return effects + self._finish(in_flight, FinishReason.LENGTH, (), now)
+        if in_flight.num_attempts >= self._config.max_attempts:
+            message = f"{in_flight.num_attempts} attempts failed; the last one: {reason}"
+            return effects + self._fail(in_flight, "UNAVAILABLE", message, RETRY_AFTER_S)
+        self.statistics.num_failovers += 1
+        return effects + self._dispatch(in_flight, now)
+
+    def _finish(
+        self, in_flight: InFlight, finish_reason: FinishReason, token_ids: tuple[int, ...], now: float
+    ) -> list[Effect]:
+        # Told by the workers, the end is known to those that have sent tokens; told by the router, to none.
+        done = in_flight.attempt.reported if in_flight.attempt and in_flight.log.is_complete else ()
+        deliver = Deliver(
+            in_flight.request_id,
+            len(in_flight.log) - len(token_ids),
+            token_ids,
+            in_flight.num_cached_tokens,
+            finish_reason,
+            in_flight.account(now),
+        )
+        self.statistics.num_finished += 1
+        self._forget(in_flight)
+        return [deliver, *self._end_attempt(in_flight, done)]
+
+    def _fail(self, in_flight: InFlight, code: str, message: str, retry_after_s: float | None = None) -> list[Effect]:
+        self.statistics.num_failed += 1
+        self._forget(in_flight)
+        return [Fail(in_flight.request_id, code, message, retry_after_s), *self._end_attempt(in_flight)]
+
+    def _forget(self, in_flight: InFlight) -> None:
+        request = in_flight.template
+        del self._in_flight[request.request_id]
+        del self._by_client_id[request.tenant, request.client_request_id]
+
+    # --- workers --------------------------------------------------------------------------------------------------
+
+    def _worker_up(self, ref: PeerRef, now: float) -> list[Effect]:
+        effects: list[Effect] = []
+        known = self.view.workers.get(ref.worker_id)
+        if known is not None:
+            if known.ref.incarnation == ref.incarnation:
+                return []
+            down = WorkerDown(ref.worker_id, known.ref.incarnation, "a new incarnation took its place")
+            effects += self._worker_down(down, now)
+        self.view.add(ref)
+        for in_flight in [r for r in self._in_flight.values() if r.attempt is None]:
+            effects += self._dispatch(in_flight, now)
+        return effects
+
+    def _worker_down(self, event: WorkerDown, now: float) -> list[Effect]:
+        view = self.view.find(event.worker_id, event.incarnation)
+        if view is None:
+            return []
+        self.view.remove(event.worker_id)
+        effects: list[Effect] = []
+        for in_flight in list(self._in_flight.values()):
+            attempt = in_flight.attempt
+            if attempt is not None and attempt.needs(view, len(in_flight.log)):
+                effects += self._fail_over(in_flight, f"worker {event.worker_id} was lost: {event.reason}", now)
+        return effects
+
+    def _reported(self, event: Reported, now: float) -> list[Effect]:
+        view = self.view.find(event.worker_id, event.incarnation)
+        report = event.report
+        if view is None:
+            self.statistics.num_stale_reports += len(report.outputs) + len(report.refusals)
+            return []
+        if report.stats is not None:
+            self.view.note_stats(view, report.stats)
+        effects: list[Effect] = []
+        for output in report.outputs:
+            effects += self._output(view, output, now)
+        for refusal in report.refusals:
+            effects += self._refused(view, refusal, now)
+        return effects
+
+    def _current(self, view: WorkerView, request_id: str, number: int) -> tuple[InFlight, Attempt] | None:
+        """The attempt that a report speaks of, if it is the current one and this worker is part of it."""
+        in_flight = self._in_flight.get(request_id)
+        attempt = in_flight.attempt if in_flight else None
+        if in_flight and attempt and attempt.number == number and view in attempt.workers:
+            return in_flight, attempt
+        self.statistics.num_stale_reports += 1
+        return None
+
+    def _output(self, view: WorkerView, output: TokenOutput, now: float) -> list[Effect]:
+        current = self._current(view, output.request_id, output.attempt)
+        if current is None:
+            return []
+        in_flight, attempt = current
+        if output.finish_reason is FinishReason.ERROR:
+            return self._fail(in_flight, "INTERNAL", f"worker {view.worker_id}: {output.error}")
+        if output.finish_reason is FinishReason.ABORT:
+            return self._fail_over(in_flight, f"worker {view.worker_id} gave it up: {output.error}", now)
+        if output.account is not None:
+            attempt.accounts[view.worker_id] = output.account
+        attempt.reported.add(view.worker_id)
+        view.pending_tokens.pop(in_flight.request_id, None)
+        return self._commit(in_flight, view, output, now)
+
+    def _commit(self, in_flight: InFlight, view: WorkerView, output: TokenOutput, now: float) -> list[Effect]:
+        taken = in_flight.log.take(output.index, output.token_ids, output.finish_reason)
+        if taken.token_ids:
+            in_flight.note_tokens(now)
+        finish_reason = in_flight.log.finish_reason
+        if in_flight.log.is_complete and finish_reason is not None and not taken.conflict:
+            return self._finish(in_flight, finish_reason, taken.token_ids, now)
+        effects: list[Effect] = []
+        if taken.token_ids:
+            first_index = len(in_flight.log) - len(taken.token_ids)
+            effects.append(Deliver(in_flight.request_id, first_index, taken.token_ids, in_flight.num_cached_tokens))
+        if taken.conflict:
+            effects += self._fail_over(in_flight, f"worker {view.worker_id} reported {taken.conflict}", now)
+        return effects
+
+    def _refused(self, view: WorkerView, refusal: HandoffRefused, now: float) -> list[Effect]:
+        """The decode worker has no room. The prefill worker keeps the KV until it hears where to go."""
+        current = self._current(view, refusal.request_id, refusal.attempt)
+        if current is None:
+            return []
+        in_flight, attempt = current
+        refusing = attempt.plan.decode
+        if refusing is None or view is not attempt.plan.prefill or refusing.worker_id in attempt.reported:
+            self.statistics.num_stale_reports += 1
+            return []
+        abort = Send(refusing.worker_id, aborts=(Abort(in_flight.request_id, attempt.number),))
+        refusing.placed_blocks.pop(in_flight.request_id, None)
+        attempt.refused.add(refusing.worker_id)
+        return [abort, *self._retarget(in_flight, attempt, f"{refusing.worker_id} refused: {refusal.reason}", now)]
+
+    def _retarget(self, in_flight: InFlight, attempt: Attempt, reason: str, now: float) -> list[Effect]:
+        """To another decode worker; where every one has refused, the prefill worker decodes."""
+        prefill = attempt.plan.prefill
+        chosen = self._planner.choose_decode(prefill, in_flight.links, in_flight.num_tokens, attempt.refused)
+        decode, decode_reason = chosen or (None, "no other decode worker is left")
+        attempt.plan = replace(attempt.plan, decode=decode, decode_reason=f"{decode_reason}; {reason}")
+        attempt.transfer_id = self._make_transfer_id()
+        submit = self._place_decode(in_flight, attempt, now)
+        retarget = Retarget(in_flight.request_id, attempt.number, attempt.handoff_to())
+        return [*submit, Send(prefill.worker_id, retargets=(retarget,))]
+
+    # --- time -----------------------------------------------------------------------------------------------------
+
+    def _expire_waiting(self, now: float) -> list[Effect]:
+        effects: list[Effect] = []
+        for in_flight in list(self._in_flight.values()):
+            waited_s = now - in_flight.waiting_since
+            if in_flight.attempt is None and waited_s >= self._config.max_wait_s:
+                message = f"no worker is up; waited {waited_s:.1f} s for one" + (
+                    f" after: {in_flight.last_failure}" if in_flight.last_failure else ""
+                )
+                effects += self._fail(in_flight, "UNAVAILABLE", message, RETRY_AFTER_S)
+        return effects

@@ -1,0 +1,203 @@
+"""Composes the router: one Router, its channels to workers, its public services, one asyncio loop for all of them.
+Decides when requests are taken; knows neither Ray nor how workers are started."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.metadata
+import logging
+import secrets
+import time
+import uuid
+from collections.abc import Callable
+
+import grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc  # type: ignore[import-untyped]
+from grpc_reflection.v1alpha import reflection  # type: ignore[import-untyped]
+
+from protos.inference_pb2_grpc import add_ClusterServicer_to_server, add_InferenceServicer_to_server
+from protos.types import PeerRef, WorkerReport
+from router.cluster_service import ClusterService
+from router.config import RouterConfig
+from router.driver import Driver
+from router.events import Reported, Tick, WorkerDown, WorkerUp
+from router.front_door import FrontDoor
+from router.router import Router
+from router.served_model import ServedModel
+from router.status import ClusterStatus, StatusEvent
+from router.worker_channel import RouterIdentity, WorkerChannel
+
+log = logging.getLogger("twinring.router")
+
+INFERENCE = "twinring.v1.Inference"
+CLUSTER = "twinring.v1.Cluster"
+TICK_S = 0.25
+
+
+class RouterServer:
+    """Invariant: requests are taken from the moment when the cluster is ready first until stop()."""
+
+    def __init__(
+        self, config: RouterConfig, served: ServedModel, on_worker_lost: Callable[[PeerRef, str], None]
+    ) -> None:
+        """`on_worker_lost` hears of every worker whose stream broke or whose lease ran out, once each."""
+        for name in ("block_size", "hash_block_size"):
+            if getattr(config, name) != getattr(served, name):
+                raise ValueError(
+                    f"{name} of the router is {getattr(config, name)}, of the model {getattr(served, name)}"
+                )
+        router = Router(config, make_transfer_id=lambda: secrets.token_bytes(16))
+        self._config = config
+        self._on_worker_lost = on_worker_lost
+        self._driver = Driver(router, config, time.monotonic)
+        self._status = ClusterStatus(config, router.view)
+        self._identity = RouterIdentity("router-0", uuid.uuid4().hex, served.model_fingerprint)
+        version = _version()
+        self._front_door = FrontDoor(config, served, self._driver, self._status, self._unavailable, version)
+        self._cluster = ClusterService(
+            config, router, self._status, self._front_door.worker_loads, served.name, version
+        )
+        self._health = health.aio.HealthServicer()
+        self._server: grpc.aio.Server | None = None
+        self._ticker: asyncio.Task[None] | None = None
+        self._closing: set[asyncio.Task[None]] = set()  # channels on their way out
+        self._was_ready = asyncio.Event()
+        self._is_stopping = False
+
+    # --- start and stop -------------------------------------------------------------------------------------------
+
+    async def start(self) -> int:
+        """Listens; the port. OSError where the address cannot be had."""
+        options = (
+            ("grpc.max_receive_message_length", self._config.max_message_bytes),
+            ("grpc.so_reuseport", 0),  # a second router on the same port must fail, not share its clients
+        )
+        server = grpc.aio.server(options=options)
+        add_InferenceServicer_to_server(self._front_door, server)
+        add_ClusterServicer_to_server(self._cluster, server)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
+        reflection.enable_server_reflection((INFERENCE, CLUSTER, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
+        try:
+            port = server.add_insecure_port(self._config.listen)
+        except RuntimeError as error:
+            raise OSError(f"cannot listen on {self._config.listen}: {error}") from error
+        await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
+        await server.start()
+        self._server = server
+        self._ticker = asyncio.create_task(self._tick())
+        self._ticker.add_done_callback(_log_bug)
+        return port
+
+    async def stop(self, grace_s: float) -> None:
+        """Takes no more requests, lets those in flight end within grace_s, then leaves the workers."""
+        self._is_stopping = True
+        await self._health.enter_graceful_shutdown()
+        if self._server is not None:
+            await self._server.stop(grace_s)
+        for channel in list(self._driver.channels.values()):
+            self._drop(channel, "the router stops")
+        if self._ticker is not None:
+            self._ticker.cancel()
+        await asyncio.gather(*self._closing, return_exceptions=True)
+        self._front_door.close()
+
+    # --- workers --------------------------------------------------------------------------------------------------
+
+    async def add_worker(self, ref: PeerRef, pid: int = 0) -> None:
+        """Returns when hellos are exchanged. ConnectionError where the worker does not answer or does not fit."""
+        channel = WorkerChannel(ref, self._config, self._identity, self._reported, self._lost)
+        await channel.connect()
+        # No await from here on: the channel's first report must find the worker known.
+        previous = self._driver.channels.get(ref.worker_id)
+        if previous is not None:
+            self._drop(previous, "a new incarnation took its place")
+        self._driver.channels[ref.worker_id] = channel
+        self._driver.feed(WorkerUp(ref))
+        self._status.note_up(ref, pid)
+        self._publish_members()
+
+    async def remove_worker(self, worker_id: str, incarnation: str, reason: str) -> None:
+        """It takes no more work, and what it had moves elsewhere. Nothing happens where this life is gone already."""
+        channel = self._driver.channels.get(worker_id)
+        if channel is not None and channel.ref.incarnation == incarnation:
+            self._drop(channel, reason)
+            self._publish_members()
+        known = self._status.known.get(worker_id)
+        if known is not None and known.ref.incarnation == incarnation:
+            del self._status.known[worker_id]
+
+    def set_expected(self, num_prefill: int, num_decode: int) -> None:
+        self._status.set_expected(num_prefill, num_decode)
+
+    def note_event(self, message: str) -> None:
+        self._status.events.append(StatusEvent(time.time(), message))
+
+    def _drop(self, channel: WorkerChannel, reason: str) -> None:
+        del self._driver.channels[channel.ref.worker_id]
+        self._driver.feed(WorkerDown(channel.ref.worker_id, channel.ref.incarnation, reason))
+        self._status.note_down(channel.ref)
+        task = asyncio.create_task(channel.close())
+        self._closing.add(task)
+        task.add_done_callback(self._closing.discard)
+
+    def _lost(self, ref: PeerRef, reason: str) -> None:
+        channel = self._driver.channels.get(ref.worker_id)
+        if channel is None or channel.ref != ref:
+            return
+        self._drop(channel, reason)
+        self._publish_members()
+        self.note_event(f"lost {ref.worker_id} ({ref.incarnation}): {reason}")
+        self._on_worker_lost(ref, reason)
+
+    def _reported(self, ref: PeerRef, report: WorkerReport) -> None:
+        self._driver.feed(Reported(ref.worker_id, ref.incarnation, report))
+
+    def _publish_members(self) -> None:
+        self._status.membership_version += 1
+        members = tuple(channel.ref for channel in self._driver.channels.values())
+        for channel in self._driver.channels.values():
+            channel.send_members(self._status.membership_version, members)
+
+    # --- readiness ------------------------------------------------------------------------------------------------
+
+    @property
+    def is_ready(self) -> bool:
+        return not self._status.shortfall()
+
+    async def wait_ready(self, timeout_s: float) -> None:
+        """TimeoutError says what is missing."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._was_ready.wait()
+        except TimeoutError:
+            raise TimeoutError(f"not ready after {timeout_s:g} s: {self._status.shortfall()}") from None
+
+    def _unavailable(self) -> str:
+        if self._is_stopping:
+            return "stopping"
+        return "" if self._was_ready.is_set() else f"not ready: {self._status.shortfall()}"
+
+    async def _tick(self) -> None:
+        while True:
+            self._driver.feed(Tick())
+            if self.is_ready and not self._was_ready.is_set():
+                self._was_ready.set()
+                await self._set_health(health_pb2.HealthCheckResponse.SERVING)
+                self.note_event("ready")
+            await asyncio.sleep(TICK_S)
+
+    async def _set_health(self, serving: health_pb2.HealthCheckResponse.ServingStatus) -> None:
+        for service in ("", INFERENCE, CLUSTER):
+            await self._health.set(service, serving)
+
+
+def _log_bug(task: asyncio.Task[None]) -> None:
+    if not task.cancelled() and task.exception() is not None:
+        log.error("bug in the router's clock", exc_info=task.exception())
+
+
+def _version() -> str:
+    try:
+        return importlib.metadata.version("twinring")
+    except importlib.metadata.PackageNotFoundError:  # run from a checkout
+        return "unknown"

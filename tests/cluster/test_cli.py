@@ -1,0 +1,161 @@
+"""The command line as its users meet it, and what it leaves behind: nothing."""
+
+from __future__ import annotations
+
+import json
+import signal
+import socket
+import subprocess
+import sys
+import time
+from importlib.metadata import version
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.cluster.server import PATIENT, Server, eventually, serving
+from tests.tiny_models import save_tiny_model
+
+
+def twinring(*arguments: str, timeout_s: float = 60.0) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "cluster.cli", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=timeout_s,
+        check=False,
+    )
+
+
+def leftovers() -> set[str]:
+    """Files that a server makes outside its own memory."""
+    return {str(path) for folder in ("/dev/shm", "/tmp") for path in Path(folder).glob("*") if is_ours(path)}
+
+
+def is_ours(path: Path) -> bool:
+    return path.name.startswith(("twr-", "torch_", "gloo", "ray", "plasma", "twinring-shm"))
+
+
+def test_version() -> None:
+    assert twinring("--version").stdout.strip() == f"twinring {version('twinring')}"
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_generate_status_and_stop(tmp_path: Path) -> None:
+    with serving(tmp_path, settings=PATIENT) as server:  # the demo model
+        answer = twinring(
+            "generate", "This program is free software", "--address", server.address, "--max-tokens", "30"
+        )
+        assert answer.returncode == 0, answer.stderr
+        assert len(answer.stdout) > 10
+        assert "disaggregated" in answer.stderr
+        status = json.loads(twinring("status", "--json", "--address", server.address).stdout)
+        assert status["ready"] is True
+        assert [worker["worker_id"] for worker in status["workers"]] == ["decode-0", "prefill-0"]
+        assert "prefill-0" in twinring("status", "--address", server.address).stdout
+        refused = twinring("generate", "", "--address", server.address)
+        assert refused.returncode == 1
+        assert "INVALID_ARGUMENT" in refused.stderr
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "when"), [("SIGTERM", "ray"), ("SIGINT", "loading"), ("SIGTERM", "ready")])
+def test_a_signal_leaves_nothing_behind(tmp_path: Path, number: str, when: str) -> None:
+    before = leftovers()
+    server = Server([], tmp_path / "serve.log")
+    log = tmp_path / "serve.log"
+    words = {"ray": "starting", "loading": "prefill-0", "ready": "ready on"}[when]
+    assert eventually(lambda: words in log.read_text(), 60.0), log.read_text()
+    time.sleep(0.3)
+    family = server.family()
+    sockets = {connection.laddr.port for process in family for connection in listening(process)}
+    server.process.send_signal(getattr(signal, number))
+    server.process.wait(40)
+    assert eventually(lambda: not [process for process in family if is_running(process)], 10.0), log.read_text()
+    assert leftovers() <= before
+    for port in sockets:
+        with socket.socket() as probe:
+            assert probe.connect_ex(("127.0.0.1", port)) != 0
+
+
+def listening(process: psutil.Process) -> list[psutil._common.pconn]:
+    try:
+        return [one for one in process.net_connections("tcp") if one.status == psutil.CONN_LISTEN]
+    except psutil.NoSuchProcess:
+        return []
+
+
+def is_running(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_every_listener_is_on_loopback(tmp_path: Path) -> None:
+    with serving(tmp_path, settings=PATIENT) as server:
+        hosts = {connection.laddr.ip for process in server.family() for connection in listening(process)}
+    assert hosts <= {"127.0.0.1", "::ffff:127.0.0.1", "::1"}, hosts
+
+
+@pytest.mark.ray
+def test_too_few_ray_resources_is_an_error_within_seconds() -> None:
+    started_at = time.monotonic()
+    answer = twinring("serve", "--prefill", "50", "--decode", "50", "--listen", "127.0.0.1:0")
+    assert answer.returncode == 1
+    assert "too few Ray resources: 100 workers need" in answer.stderr
+    assert time.monotonic() - started_at < 30
+
+
+def test_port_in_use_is_named() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        answer = twinring("serve", "--listen", address)
+    assert answer.returncode == 1
+    assert address in answer.stderr
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        (lambda folder: (folder / "config.json").unlink(), "config.json"),
+        (lambda folder: (folder / "model.safetensors").unlink(), "safetensors"),
+        (lambda folder: (folder / "model.safetensors").write_bytes(b"not tensors"), "safetensors"),
+        (lambda folder: (folder / "config.json").write_text("{"), "config.json"),
+        (
+            lambda folder: (folder / "config.json").write_text('{"architectures": ["GPTForever"], "model_type": "x"}'),
+            "GPTForever",
+        ),
+    ],
+    ids=["no config", "no weights", "broken weights", "broken config", "unsupported"],
+)
+def test_an_unusable_checkpoint_is_refused_with_its_reason(tmp_path: Path, damage, reason: str) -> None:  # type: ignore[no-untyped-def]
+    folder = save_tiny_model(tmp_path / "model", "llama")
+    damage(folder)
+    answer = twinring("serve", "--model", str(folder), "--listen", "127.0.0.1:0")
+    assert answer.returncode == 1
+    assert reason in answer.stderr
+    assert str(folder).replace("\n", "") in answer.stderr.replace("\n", "")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--address", "127.0.0.1:1"), "no Ray cluster at 127.0.0.1:1"),
+        (("--address", "ray://127.0.0.1:10001"), "Ray Client"),
+        (("--model", "/no/such/folder"), "/no/such/folder"),
+        (("--prefill", "0"), "num_prefill"),
+        (("--mode", "sideways"), "sideways"),
+        (("--set", "engine.block_sise=4"), "engine.block_sise"),
+        (("--set", "engine.block_size=63"), "63"),
+    ],
+)
+def test_a_wrong_setting_is_named(arguments: tuple[str, ...], words: str) -> None:
+    answer = twinring("serve", "--listen", "127.0.0.1:0", *arguments)
+    assert answer.returncode == 1
+    assert words in answer.stderr

@@ -1,0 +1,249 @@
+"""A WorkerCore with a fake model and a fake KV memory, and a fake network that moves KV between such workers.
+
+A fake KV entry is a digest of the whole prefix up to its token, so a block that was reused too early, matched wrongly or
+copied to the wrong place is noticed by the first request that attends to it."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from zlib import crc32
+
+from engine.config import SchedulerConfig
+from engine.events import (
+    AbortTransfer,
+    CommitTransfer,
+    Effect,
+    Event,
+    GrantTransfer,
+    OpenTransfer,
+    RefuseTransfer,
+    SendBlocks,
+    Submitted,
+)
+from engine.scheduler_output import SchedulerOutput, StepResult
+from engine.worker_core import WorkerCore
+from protos.types import (
+    GenerateRequest,
+    Handoff,
+    HandoffRefused,
+    PeerRef,
+    Role,
+    SamplingParams,
+    TokenOutput,
+)
+
+KEY = b"k" * 16
+PEER = PeerRef("other", "1", "host:1", Role.DECODE)
+
+
+def config(**changes: int | bool) -> SchedulerConfig:
+    values: dict[str, int | bool] = {
+        "max_model_len": 64,
+        "max_num_batched_tokens": 16,
+        "max_num_seqs": 4,
+        "block_size": 4,
+        "hash_block_size": 2,
+    }
+    return SchedulerConfig(**(values | changes))  # type: ignore[arg-type]
+
+
+def generate(
+    request_id: str,
+    token_ids: Sequence[int],
+    *,
+    max_tokens: int = 4,
+    num_committed: int = 0,
+    attempt: int = 1,
+    priority: int = 0,
+    stop: tuple[int, ...] = (),
+    to: bytes | None = None,
+    source: bytes | None = None,
+    salt: bytes = b"",
+) -> GenerateRequest:
+    return GenerateRequest(
+        request_id=request_id,
+        client_request_id=request_id,
+        attempt=attempt,
+        token_ids=array("i", token_ids),
+        num_prompt_tokens=len(token_ids) - num_committed,
+        sampling_params=SamplingParams(0.0, 1.0, 0, 0, max_tokens, stop),
+        cache_salt=salt,
+        priority=priority,
+        handoff_to=None if to is None else Handoff(to, PEER),
+        handoff_from=None if source is None else Handoff(source, PEER),
+    )
+
+
+def digest(token_ids: Sequence[int]) -> int:
+    return crc32(array("i", token_ids).tobytes())
+
+
+def next_token(token_ids: Sequence[int]) -> int:
+    return digest(token_ids) % 1000
+
+
+def expected_output(token_ids: Sequence[int], num_tokens: int) -> list[int]:
+    tokens = list(token_ids)
+    for _ in range(num_tokens):
+        tokens.append(next_token(tokens))
+    return tokens[len(token_ids) :]
+
+
+class FakeWorker:
+    """Runs steps of a core and keeps what it said."""
+
+    def __init__(self, num_blocks: int = 8, **changes: int | bool) -> None:
+        self.config = config(**changes)
+        self.core = WorkerCore(self.config, num_blocks, KEY, "model")
+        self.kv: list[list[int | None]] = [[None] * self.config.block_size for _ in range(num_blocks)]
+        self.now = 0.0
+        self.output: SchedulerOutput | None = None  # of the step under way
+        self.effects: list[Effect] = []  # all so far
+        self.outputs: list[SchedulerOutput] = []
+
+    def on(self, event: Event) -> list[Effect]:
+        return self._note(self.core.on(event, self.now))
+
+    def submit(self, request: GenerateRequest) -> list[Effect]:
+        return self.on(Submitted(request))
+
+    def begin_step(self) -> list[Effect]:
+        assert self.output is None
+        self.now += 1.0
+        self.output, effects = self.core.schedule(self.now)
+        if self.output is not None:
+            self.outputs.append(self.output)
+        return self._note(effects)
+
+    def end_step(self) -> list[Effect]:
+        assert self.output is not None
+        self.now += 1.0
+        output, self.output = self.output, None
+        return self._note(self.core.update_from_output(output, self.execute(output), self.now))
+
+    def step(self) -> list[Effect]:
+        effects = self.begin_step()
+        return effects if self.output is None else effects + self.end_step()
+
+    def run(self, max_steps: int = 1000) -> list[Effect]:
+        """Steps until there is nothing to compute."""
+        effects: list[Effect] = []
+        for _ in range(max_steps):
+            effects += self.begin_step()
+            if self.output is None:
+                return effects
+            effects += self.end_step()
+            assert self.core.ledger().balanced
+        raise AssertionError(f"not done after {max_steps} steps")
+
+    def execute(self, output: SchedulerOutput) -> StepResult:
+        sampled = {}
+        assert sum(each.num_scheduled_tokens for each in output.scheduled) == output.num_batched_tokens
+        assert output.num_batched_tokens <= self.config.max_num_batched_tokens
+        for each in output.scheduled:
+            assert each.num_scheduled_tokens > 0
+            end = each.num_computed_tokens + each.num_scheduled_tokens
+            tokens = list(each.token_ids)
+            digests = [digest(tokens[: position + 1]) for position in range(end)]
+            for position in range(each.num_computed_tokens, end):
+                self._row(each.block_table, position)[position % self.config.block_size] = digests[position]
+            assert self.read(each.block_table, end) == digests, each.request_id
+            assert each.samples == (end == len(tokens))
+            if each.samples:
+                sampled[each.request_id] = (next_token(tokens),)
+        return StepResult(sampled)
+
+    def read(self, block_table: Sequence[int], num_tokens: int) -> list[int | None]:
+        return [
+            self._row(block_table, position)[position % self.config.block_size] for position in range(num_tokens)
+        ]
+
+    def tokens_of(self, request_id: str) -> list[int]:
+        """The output that was sent for a request; asserts that repeats are equal and that nothing is missing."""
+        tokens = self._tokens_by_index(request_id)
+        assert not tokens or sorted(tokens) == list(range(min(tokens), max(tokens) + 1))
+        return [tokens[index] for index in sorted(tokens)]
+
+    def first_index(self, request_id: str) -> int:
+        """Of what tokens_of gives."""
+        return min(self._tokens_by_index(request_id), default=0)
+
+    def last_output(self, request_id: str) -> TokenOutput:
+        return [e for e in self.effects if isinstance(e, TokenOutput) and e.request_id == request_id][-1]
+
+    def _tokens_by_index(self, request_id: str) -> dict[int, int]:
+        tokens: dict[int, int] = {}
+        for effect in self.effects:
+            if isinstance(effect, TokenOutput) and effect.request_id == request_id:
+                for index, token_id in enumerate(effect.token_ids, start=effect.index):
+                    assert tokens.setdefault(index, token_id) == token_id
+        return tokens
+
+    def _row(self, block_table: Sequence[int], position: int) -> list[int | None]:
+        return self.kv[block_table[position // self.config.block_size]]
+
+    def _note(self, effects: list[Effect]) -> list[Effect]:
+        self.effects += effects
+        return effects
+
+
+@dataclass(slots=True)
+class FakeTransfer:
+    """What the network knows of one transfer. Invariant: the source's blocks are read before `closed` only."""
+
+    source: FakeWorker
+    destination: FakeWorker
+    opened: OpenTransfer | None = None
+    offered: bool = False
+    grant: GrantTransfer | None = None
+    blocks: list[int] = field(default_factory=list)  # sent so far, in order
+    commit: CommitTransfer | None = None
+    refusal: str | None = None
+    source_aborted: bool = False
+    destination_aborted: bool = False
+    closed: bool = False  # the source was told TransferClosed or TransferRefused
+    ended: bool = False  # the destination was told TransferArrived or TransferLost
+
+    def copy(self) -> None:
+        assert self.grant is not None
+        for source_block, block in zip(
+            self.blocks[self.grant.num_held_blocks :], self.grant.block_ids, strict=True
+        ):
+            self.destination.kv[block] = list(self.source.kv[source_block])
+
+
+class FakeNetwork:
+    """Notes the transfer effects of its workers, in whatever order they come."""
+
+    def __init__(self) -> None:
+        self.transfers: dict[bytes, FakeTransfer] = {}
+        self.refusals: list[HandoffRefused] = []
+
+    def note(self, worker: FakeWorker, effects: list[Effect]) -> None:
+        for effect in effects:
+            match effect:
+                case OpenTransfer(handoff):
+                    assert self.transfers[handoff.transfer_id].opened is None
+                    self.transfers[handoff.transfer_id].opened = effect
+                case SendBlocks(transfer_id, first_block, block_ids):
+                    transfer = self.transfers[transfer_id]
+                    assert transfer.opened and first_block == len(transfer.blocks)
+                    transfer.blocks += block_ids
+                case CommitTransfer(transfer_id):
+                    transfer = self.transfers[transfer_id]
+                    assert transfer.opened and transfer.opened.num_blocks == len(transfer.blocks)
+                    transfer.commit = effect
+                case GrantTransfer(transfer_id):
+                    self.transfers[transfer_id].grant = effect
+                case RefuseTransfer(transfer_id, reason):
+                    self.transfers[transfer_id].refusal = reason
+                case AbortTransfer(transfer_id):
+                    transfer = self.transfers[transfer_id]
+                    if worker is transfer.source:
+                        transfer.source_aborted = True
+                    else:
+                        transfer.destination_aborted = True
+                case HandoffRefused():
+                    self.refusals.append(effect)

@@ -1,0 +1,213 @@
+"""Three workers that hand requests to each other over a network that loses, delays and repeats, with aborts at any time:
+every ledger balances after every event, every token is the right one, and in the end nothing is held or leased."""
+
+from __future__ import annotations
+
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+
+from engine.events import (
+    Event,
+    TransferArrived,
+    TransferClosed,
+    TransferLost,
+    TransferOffered,
+    TransferRefused,
+)
+from protos.types import Abort, Handoff, Retarget
+from tests.engine.fake_worker import PEER, FakeNetwork, FakeTransfer, FakeWorker, expected_output, generate
+
+NUM_WORKERS = 3
+MAX_TOKENS = 6
+WORKERS = st.integers(0, NUM_WORKERS - 1)
+
+
+class HandoffMachine(RuleBasedStateMachine):
+    def __init__(self) -> None:
+        super().__init__()
+        self.workers = [FakeWorker(num_blocks=9, max_num_seqs=3) for _ in range(NUM_WORKERS)]
+        self.network = FakeNetwork()
+        self.prompts: dict[str, list[int]] = {}
+        self.sources: dict[str, FakeWorker] = {}
+        self.delivered: list[tuple[FakeWorker, Event]] = []
+
+    def deliver(self, worker: FakeWorker, event: Event) -> None:
+        self.delivered.append((worker, event))
+        self.network.note(worker, worker.on(event))
+
+    def draw_transfer(self, data: st.DataObject) -> tuple[bytes, FakeTransfer] | None:
+        if not self.network.transfers:
+            return None
+        return data.draw(st.sampled_from(list(self.network.transfers.items())))
+
+    # --- the router's doing ---------------------------------------------------------------------------------------
+
+    @rule(worker=WORKERS, num_shared=st.integers(0, 16), num_own=st.integers(1, 6), priority=st.integers(0, 1))
+    def submit_local(self, worker: int, num_shared: int, num_own: int, priority: int) -> None:
+        name = self.new_prompt(num_shared, num_own)
+        self.submit(worker, name, priority, None, None)
+
+    @rule(source=WORKERS, away=st.integers(1, 2), num_shared=st.integers(0, 16), num_own=st.integers(1, 6))
+    def submit_handoff(self, source: int, away: int, num_shared: int, num_own: int) -> None:
+        name = self.new_prompt(num_shared, num_own)
+        transfer_id = self.new_transfer(self.workers[source], self.workers[(source + away) % NUM_WORKERS])
+        self.sources[name] = self.workers[source]
+        self.submit((source + away) % NUM_WORKERS, name, 0, None, transfer_id)
+        self.submit(source, name, 0, transfer_id, None)
+
+    @rule(worker=WORKERS, data=st.data())
+    def abort(self, worker: int, data: st.DataObject) -> None:
+        if self.prompts:
+            name = data.draw(st.sampled_from(sorted(self.prompts)))
+            self.deliver(self.workers[worker], Abort(name, 1))
+
+    @rule(data=st.data(), away=st.integers(0, 2))
+    def retarget(self, data: st.DataObject, away: int) -> None:
+        if not self.sources:
+            return
+        name = data.draw(st.sampled_from(sorted(self.sources)))
+        source = self.sources[name]
+        if away == 0:
+            self.deliver(source, Retarget(name, 1, None))
+            return
+        destination = (self.workers.index(source) + away) % NUM_WORKERS
+        transfer_id = self.new_transfer(source, self.workers[destination])
+        self.deliver(self.workers[destination], Abort(name, 1))
+        self.submit(destination, name, 0, None, transfer_id)
+        self.deliver(source, Retarget(name, 1, Handoff(transfer_id, PEER)))
+
+    # --- the workers' -----------------------------------------------------------------------------------------------
+
+    @rule(worker=WORKERS)
+    def half_step(self, worker: int) -> None:
+        each = self.workers[worker]
+        self.network.note(each, each.begin_step() if each.output is None else each.end_step())
+
+    # --- the network's ----------------------------------------------------------------------------------------------
+
+    @rule(data=st.data())
+    def carry_on(self, data: st.DataObject) -> None:
+        drawn = self.draw_transfer(data)
+        if drawn is not None:
+            self.advance(*drawn)
+
+    @rule(data=st.data())
+    def lose(self, data: st.DataObject) -> None:
+        drawn = self.draw_transfer(data)
+        if drawn is not None:
+            self.end_source(*drawn)
+            self.end_destination(*drawn)
+
+    @rule(data=st.data())
+    def repeat(self, data: st.DataObject) -> None:
+        """A TransferArrived, TransferLost or TransferClosed is repeated by nobody before its transfer has ended."""
+        if self.delivered:
+            worker, event = data.draw(st.sampled_from(self.delivered[-20:]))
+            self.network.note(worker, worker.on(event))
+
+    def advance(self, transfer_id: bytes, transfer: FakeTransfer) -> bool:
+        """The next thing that a sound network does with a transfer; False where it can only wait."""
+        if transfer.opened is not None and not transfer.offered and not transfer.closed:
+            transfer.offered = True
+            opened = transfer.opened
+            self.deliver(
+                transfer.destination,
+                TransferOffered(transfer_id, opened.request_id, opened.attempt, opened.num_blocks),
+            )
+        elif transfer.refusal is not None and not transfer.closed:
+            transfer.closed = True
+            self.deliver(transfer.source, TransferRefused(transfer_id, transfer.refusal))
+        elif transfer.source_aborted or transfer.destination_aborted:
+            return self.end_source(transfer_id, transfer) | self.end_destination(transfer_id, transfer)
+        elif transfer.commit is not None and transfer.grant is not None and not transfer.ended and not transfer.closed:
+            transfer.copy()
+            transfer.ended = True
+            commit = transfer.commit
+            self.deliver(
+                transfer.destination,
+                TransferArrived(transfer_id, commit.first_index, commit.token_ids, 1, 0.0, 0.0),
+            )
+        elif transfer.ended:
+            return self.end_source(transfer_id, transfer)
+        else:
+            return False
+        return True
+
+    def end_source(self, transfer_id: bytes, transfer: FakeTransfer) -> bool:
+        if transfer.closed or transfer.opened is None:
+            return False
+        transfer.closed = True
+        self.deliver(transfer.source, TransferClosed(transfer_id))
+        return True
+
+    def end_destination(self, transfer_id: bytes, transfer: FakeTransfer) -> bool:
+        if transfer.ended:
+            return False
+        transfer.ended = True
+        self.deliver(transfer.destination, TransferLost(transfer_id, "lost"))
+        return True
+
+    # --- what must hold ---------------------------------------------------------------------------------------------
+
+    @invariant()
+    def ledgers_balance(self) -> None:
+        for worker in self.workers:
+            ledger = worker.core.ledger()
+            assert ledger.balanced, ledger
+
+    def teardown(self) -> None:
+        while self.move_anything():
+            self.ledgers_balance()
+        for worker in self.workers:
+            stats = worker.core.stats()
+            assert (stats.num_running, stats.num_waiting) == (0, 0)
+            assert (stats.num_held_blocks, stats.num_leased_blocks) == (0, 0)
+            assert stats.ledger_balanced
+        for name, prompt in self.prompts.items():
+            expected = dict(enumerate(expected_output(prompt, MAX_TOKENS)))
+            for worker in self.workers:
+                first = worker.first_index(name)
+                for index, token_id in enumerate(worker.tokens_of(name), start=first):
+                    assert expected[index] == token_id
+
+    def move_anything(self) -> bool:
+        for worker in self.workers:
+            if worker.output is None:
+                self.network.note(worker, worker.begin_step())
+            if worker.output is not None:
+                self.network.note(worker, worker.end_step())
+                return True
+        if any(self.advance(*item) for item in list(self.network.transfers.items())):
+            return True
+        if self.network.refusals:
+            refused = self.network.refusals.pop()
+            self.deliver(self.sources[refused.request_id], Retarget(refused.request_id, refused.attempt, None))
+            return True
+        # What is left waits for a source or a destination that has gone: deadlines end it on both sides.
+        return any(
+            self.end_source(*item) | self.end_destination(*item) for item in list(self.network.transfers.items())
+        )
+
+    # --- making things ----------------------------------------------------------------------------------------------
+
+    def new_prompt(self, num_shared: int, num_own: int) -> str:
+        name = f"r{len(self.prompts)}"
+        self.prompts[name] = [*range(num_shared), *[100 + len(self.prompts)] * num_own]
+        return name
+
+    def new_transfer(self, source: FakeWorker, destination: FakeWorker) -> bytes:
+        transfer_id = len(self.network.transfers).to_bytes(16)
+        self.network.transfers[transfer_id] = FakeTransfer(source, destination)
+        return transfer_id
+
+    def submit(self, worker: int, name: str, priority: int, to: bytes | None, source: bytes | None) -> None:
+        request = generate(
+            name, self.prompts[name], max_tokens=MAX_TOKENS, priority=priority, to=to, source=source
+        )
+        each = self.workers[worker]
+        self.network.note(each, each.submit(request))
+
+
+TestHandoffMachine = HandoffMachine.TestCase
+TestHandoffMachine.settings = settings(max_examples=150, stateful_step_count=60, deadline=None)

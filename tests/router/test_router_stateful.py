@@ -1,0 +1,223 @@
+"""A Router among workers that die, restart, refuse, and whose reports come late, twice and out of order: clients see
+every token once and in order, and nothing is left behind."""
+
+from __future__ import annotations
+
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from protos.types import FinishReason, GenerateRequest, Role
+from router.config import RouterConfig
+from router.events import (
+    AbortRequested,
+    ClientCancelled,
+    Deliver,
+    Effect,
+    Event,
+    Fail,
+    Reported,
+    Send,
+    StopMatched,
+    Tick,
+    WorkerDown,
+    WorkerUp,
+)
+from router.router import Router
+from tests.router.model_workers import ModelWorker, expected_output
+from tests.router.values import BLOCK, Transfers, arrived, peer, reported, stats
+
+WORKERS = ("p-0", "p-1", "d-0", "d-1")
+CONFIG = RouterConfig(hash_block_size=BLOCK, block_size=BLOCK, max_attempts=6, num_virtual_nodes=8)
+picks = st.integers(0, 1_000_000)
+
+
+class RouterMachine(RuleBasedStateMachine):
+    def __init__(self) -> None:
+        super().__init__()
+        self.router = Router(CONFIG, Transfers())
+        self.now = 0.0
+        self.workers: dict[str, ModelWorker] = {}
+        self.num_lives = 0
+        self.num_requests = 0
+        self.requests: dict[str, GenerateRequest] = {}
+        self.seen: dict[str, list[int]] = {}
+        self.open: set[str] = set()  # requests whose last word has not come
+        self.on_the_way: list[Reported] = []
+
+    # --- the shell ------------------------------------------------------------------------------------------------
+
+    def feed(self, event: Event) -> list[Effect]:
+        self.now += 0.01
+        effects = self.router.on(event, self.now)
+        for effect in effects:
+            match effect:
+                case Send():
+                    self.workers[effect.worker_id].take(effect)  # only live workers are sent anything
+                case Deliver():
+                    self.deliver(effect)
+                case Fail():
+                    assert effect.code == "UNAVAILABLE", effect
+                    self.open.remove(effect.request_id)
+        return effects
+
+    def deliver(self, effect: Deliver) -> None:
+        assert effect.request_id in self.open, "nothing after the last word"
+        seen = self.seen[effect.request_id]
+        assert effect.first_index == len(seen)
+        seen += effect.token_ids
+        expected = expected_output(self.requests[effect.request_id])
+        assert seen == expected[: len(seen)]
+        if effect.finish_reason is None:
+            assert effect.token_ids
+            return
+        assert effect.account is not None
+        self.open.remove(effect.request_id)
+
+    def check_whole(self, effects: list[Effect]) -> None:
+        """An end that workers report comes with all tokens."""
+        for effect in effects:
+            if isinstance(effect, Deliver) and effect.finish_reason in (FinishReason.STOP, FinishReason.LENGTH):
+                assert self.seen[effect.request_id] == expected_output(self.requests[effect.request_id])
+
+    # --- what happens ---------------------------------------------------------------------------------------------
+
+    @initialize(num_up=st.integers(0, 4))
+    def start(self, num_up: int) -> None:
+        for worker_id in WORKERS[:num_up]:
+            self.start_worker(worker_id)
+
+    @rule(prompt=st.lists(st.integers(0, 3), min_size=1, max_size=12), max_tokens=st.integers(1, 9))
+    def arrive(self, prompt: list[int], max_tokens: int) -> None:
+        self.num_requests += 1
+        event = arrived(f"r{self.num_requests}", prompt, max_tokens)
+        self.requests[event.request.request_id] = event.request
+        self.seen[event.request.request_id] = []
+        self.open.add(event.request.request_id)
+        self.feed(event)
+
+    @rule(worker_id=st.sampled_from(WORKERS))
+    def start_worker(self, worker_id: str) -> None:
+        if worker_id not in self.workers:
+            self.num_lives += 1
+            self.workers[worker_id] = ModelWorker(peer(worker_id, str(self.num_lives)))
+            self.feed(WorkerUp(self.workers[worker_id].ref))
+            self.feed(reported(worker_id, incarnation=str(self.num_lives), stats=stats()))
+
+    @precondition(lambda self: self.workers)
+    @rule(pick=picks)
+    def kill(self, pick: int) -> None:
+        """Its reports on the way still come, before or after the router hears of it."""
+        worker = self.workers.pop(sorted(self.workers)[pick % len(self.workers)])
+        self.feed(WorkerDown(worker.ref.worker_id, worker.ref.incarnation, "killed"))
+
+    @rule(pick=picks, num_tokens=st.integers(1, 4))
+    def generate(self, pick: int, num_tokens: int) -> None:
+        jobs = [(w, r) for w in self.workers.values() for r in w.jobs]
+        if jobs:
+            worker, request_id = jobs[pick % len(jobs)]
+            output = worker.generate(request_id, num_tokens)
+            if output is not None:
+                self.on_the_way.append(reported(worker.ref.worker_id, output, incarnation=worker.ref.incarnation))
+
+    @rule(pick=picks)
+    def transfer(self, pick: int) -> None:
+        """The KV of one waiting job arrives, where its source has committed; or is lost, where the source is gone."""
+        waiting = [(w, r) for w in self.workers.values() for r, job in w.jobs.items() if job.awaits_kv]
+        if not waiting:
+            return
+        worker, request_id = waiting[pick % len(waiting)]
+        handoff = worker.jobs[request_id].request.handoff_from
+        assert handoff is not None
+        attempt = worker.jobs[request_id].request.attempt
+        source = self.workers.get(handoff.peer.worker_id)
+        if source is None or source.ref != handoff.peer:
+            worker.receive_kv(request_id, attempt, arrived=False)
+            return
+        job = source.jobs.get(request_id)
+        is_meant = (
+            job is not None
+            and job.request.handoff_to is not None
+            and job.request.handoff_to.transfer_id == handoff.transfer_id
+        )
+        if job is not None and is_meant and not job.awaits_retarget:
+            if job.next_index > job.request.num_committed_tokens:
+                worker.receive_kv(request_id, attempt, arrived=True)
+                job.has_handed_off = True
+                del source.jobs[request_id]
+            elif pick % 3 == 0:  # lost on the way, the source living: the destination computes it
+                worker.receive_kv(request_id, attempt, arrived=False)
+                del source.jobs[request_id]
+
+    @rule(pick=picks)
+    def refuse(self, pick: int) -> None:
+        jobs = [(w, r) for w in self.workers.values() if w.ref.role is Role.PREFILL for r in w.jobs]
+        if jobs:
+            worker, request_id = jobs[pick % len(jobs)]
+            refusal = worker.refuse(request_id)
+            if refusal is not None:
+                event = reported(worker.ref.worker_id, incarnation=worker.ref.incarnation, refusals=(refusal,))
+                self.on_the_way.append(event)
+
+    @precondition(lambda self: self.on_the_way)
+    @rule(pick=picks, again=st.booleans())
+    def report(self, pick: int, again: bool) -> None:
+        index = pick % len(self.on_the_way)
+        event = self.on_the_way[index]
+        if not (again and event.report.outputs):  # outputs may come twice
+            self.on_the_way.pop(index)
+        self.check_whole(self.feed(event))
+
+    @precondition(lambda self: self.open)
+    @rule(pick=picks, how=st.sampled_from((ClientCancelled, AbortRequested, StopMatched)))
+    def end(self, pick: int, how: type[ClientCancelled | AbortRequested | StopMatched]) -> None:
+        request_id = sorted(self.open)[pick % len(self.open)]
+        self.feed(how(request_id))
+        self.open.discard(request_id)
+
+    @rule(seconds=st.sampled_from((0.1, 1.0, 40.0)))
+    def time_passes(self, seconds: float) -> None:
+        self.now += seconds
+        self.feed(Tick())
+
+    # --- what holds -----------------------------------------------------------------------------------------------
+
+    @invariant()
+    def the_router_holds_the_open_requests_and_no_others(self) -> None:
+        assert set(self.router._in_flight) == self.open
+        assert len(self.router._by_client_id) == len(self.open)
+        for view in self.router.view.workers.values():
+            assert set(view.pending_tokens) <= self.open
+            assert set(view.placed_blocks) <= self.open
+
+    @invariant()
+    def workers_work_for_current_attempts_only(self) -> None:
+        for worker in self.workers.values():
+            for request_id, job in worker.jobs.items():
+                attempt = self.router._in_flight[request_id].attempt
+                assert attempt is not None
+                assert attempt.number == job.request.attempt
+                assert attempt.find_worker(worker.ref.worker_id) is not None
+
+    def teardown(self) -> None:
+        """With every worker up and nobody dying, every request ends."""
+        for worker_id in WORKERS:
+            self.start_worker(worker_id)
+        for _ in range(2000):
+            if not self.open:
+                break
+            for pick in range(20):
+                self.generate(pick, 3)
+                self.transfer(pick)
+            while self.on_the_way:
+                self.report(0, again=False)
+        assert not self.open
+        self.the_router_holds_the_open_requests_and_no_others()
+        for view in self.router.view.workers.values():
+            assert not view.pending_tokens
+            assert not view.placed_blocks
+        assert not any(worker.jobs for worker in self.workers.values()), "every worker was told"
+
+
+TestRouter = RouterMachine.TestCase
+TestRouter.settings = settings(max_examples=80, stateful_step_count=50, deadline=None)
