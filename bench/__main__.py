@@ -7,13 +7,13 @@ import sys
 
 from rich.console import Console
 
-from bench.harness import benchmark_names, load_benchmark, print_table, to_json
+from bench.harness import benchmark_names, description_of, load_benchmark, print_table, to_json
 
 
 def print_list(console: Console) -> None:
     names = benchmark_names()
     for name in names:
-        console.print(f"{name:<20} {load_benchmark(name).DESCRIPTION}", markup=False, highlight=False)
+        console.print(f"{name:<20} {description_of(name)}", markup=False, highlight=False, soft_wrap=True)
     if not names:
         console.print("no benchmarks yet")
 

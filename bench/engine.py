@@ -7,6 +7,7 @@ import statistics
 import tempfile
 from array import array
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -36,18 +37,8 @@ NUM_NEW_TOKENS = 48
 SHORTEST_PROMPT, LONGEST_PROMPT = 24, 200  # tokens
 STREAMS = (1, 8, 32)
 NUM_BLOCKS = 256
-# No end-of-sequence token: every engine generates exactly NUM_NEW_TOKENS for every prompt.
-MODEL = {
-    "vocab_size": 4096,
-    "hidden_size": 256,
-    "intermediate_size": 688,
-    "num_hidden_layers": 6,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 4,
-    "max_position_embeddings": 2048,
-    "bos_token_id": None,
-    "eos_token_id": None,
-}
+MAX_NUM_BATCHED_TOKENS = 512  # of a step, here and in continuous batching
+VOCAB_SIZE = 4096
 GREEDY = SamplingParams(temperature=0.0, top_p=1.0, top_k=0, seed=0, max_tokens=NUM_NEW_TOKENS)
 
 Generate = Callable[[list[list[int]]], object]
@@ -56,9 +47,9 @@ Generate = Callable[[list[list[int]]], object]
 def run(quick: bool) -> list[Figure]:
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    transformers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     with tempfile.TemporaryDirectory() as folder:
-        LlamaForCausalLM(LlamaConfig(**MODEL)).save_pretrained(folder)
+        save_random_model(folder)
         loaded = load_model(folder)
         engines: dict[str, Generate] = {
             "twinring": twinring_engine(loaded),
@@ -69,8 +60,8 @@ def run(quick: bool) -> list[Figure]:
         for num_streams in STREAMS:
             figures += measure(engines, make_prompts(num_streams), runs=2 if quick else 5)
     millions = sum(weight.numel() for weight in loaded.model.parameters()) / 1e6
-    figures[0] = note(figures[0], f"random Llama of {millions:.1f} M parameters, float32, 1 thread")
-    return figures
+    model = f"random Llama of {millions:.1f} M parameters, float32, 1 thread"
+    return [replace(figures[0], note=model), *figures[1:]]
 
 
 def measure(engines: dict[str, Generate], prompts: list[list[int]], runs: int) -> list[Figure]:
@@ -94,19 +85,39 @@ def _timed(generate: Generate, prompts: list[list[int]]) -> Callable[[], float]:
     return lambda: time_of(lambda: generate(prompts))
 
 
+def save_random_model(folder: str) -> None:
+    """Without an end-of-sequence token: every engine generates exactly NUM_NEW_TOKENS for every prompt."""
+    config = LlamaConfig(
+        vocab_size=VOCAB_SIZE,
+        hidden_size=256,
+        intermediate_size=688,
+        num_hidden_layers=6,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        max_position_embeddings=2048,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+
+
 def make_prompts(num_streams: int) -> list[list[int]]:
     """Random prompts whose lengths are spread evenly over the range; a single one takes its middle."""
     rng = random.Random(num_streams)
     span = LONGEST_PROMPT - SHORTEST_PROMPT
     lengths = [SHORTEST_PROMPT + span * (2 * i + 1) // (2 * num_streams) for i in range(num_streams)]
-    return [[rng.randrange(int(MODEL["vocab_size"] or 0)) for _ in range(length)] for length in lengths]
+    return [[rng.randrange(VOCAB_SIZE) for _ in range(length)] for length in lengths]
 
 
 # --- the engines --------------------------------------------------------------------------------------------------
 
 
 def twinring_engine(loaded: LoadedModel) -> Generate:
-    config = SchedulerConfig(max_model_len=loaded.facts.max_model_len, enable_prefix_caching=False)
+    config = SchedulerConfig(
+        max_model_len=loaded.facts.max_model_len,
+        max_num_batched_tokens=MAX_NUM_BATCHED_TOKENS,
+        enable_prefix_caching=False,
+    )
     layout = loaded.facts.kv_layout(loaded.dtype, config.block_size, config.hash_block_size)
     runner = ModelRunner(loaded, PagedKVCache(layout, NUM_BLOCKS))
 
@@ -155,8 +166,9 @@ def padded_generate(model: Any) -> Generate:
 
 
 def continuous_generate(model: Any) -> Generate:
-    settings = GenerationConfig(max_new_tokens=NUM_NEW_TOKENS, do_sample=False, eos_token_id=-1, pad_token_id=0)
-    sizes = ContinuousBatchingConfig(num_blocks=64, max_batch_tokens=512)
+    make_settings: Any = GenerationConfig  # untyped
+    settings = make_settings(max_new_tokens=NUM_NEW_TOKENS, do_sample=False, eos_token_id=-1, pad_token_id=0)
+    sizes = ContinuousBatchingConfig(num_blocks=64, max_batch_tokens=MAX_NUM_BATCHED_TOKENS)
 
     def generate(prompts: list[list[int]]) -> object:
         outputs = model.generate_batch(prompts, generation_config=settings, continuous_batching_config=sizes)
@@ -164,7 +176,3 @@ def continuous_generate(model: Any) -> Generate:
         return outputs
 
     return generate
-
-
-def note(figure: Figure, text: str) -> Figure:
-    return Figure(figure.key, figure.value, figure.unit, figure.target, figure.better, text)

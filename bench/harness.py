@@ -4,6 +4,7 @@ A benchmark is a module bench/<name>.py with DESCRIPTION, one line, and run(quic
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import platform
@@ -53,6 +54,15 @@ class Benchmark(Protocol):
 def benchmark_names() -> list[str]:
     modules = (module.name for module in iter_modules([str(Path(__file__).parent)]))
     return sorted(name for name in modules if name != "harness" and not name.startswith("_"))
+
+
+def description_of(name: str) -> str:
+    """A benchmark's DESCRIPTION, read without importing it: to list them must not take loading torch."""
+    for node in ast.parse((Path(__file__).parent / f"{name}.py").read_text()).body:
+        match node:
+            case ast.Assign(targets=[ast.Name(id="DESCRIPTION")], value=ast.Constant(value=str(text))):
+                return text
+    raise AssertionError(f"bench/{name}.py has no DESCRIPTION = '...'")
 
 
 def load_benchmark(name: str) -> Benchmark:

@@ -44,9 +44,9 @@ def main() -> int:
             rows = [ask(console, client, name, prompt, started_at) for name, prompt in PROMPTS]
         console.print(account_table(rows))
         for name, complete in rows:
-            console.print(
-                f"[bold]{name}[/bold]: {complete.placement.prefill_reason}; {complete.placement.decode_reason}"
-            )
+            placement = complete.placement
+            mode = show.MODES.get(placement.mode, "unknown mode")
+            console.print(f"[bold]{name}[/bold]: {mode}; {placement.prefill_reason}; {placement.decode_reason}")
     finally:
         server.send_signal(signal.SIGTERM)
         server.wait(STOP_TIMEOUT_S)
@@ -80,21 +80,19 @@ def ask(console: Console, client: Client, name: str, prompt: str, started_at: fl
 
 
 def account_table(rows: list[tuple[str, pb.GenerateComplete]]) -> Table:
-    table = Table("prompt", "mode", "prefill", "decode", title="What happened")
-    for column in ("TTFT ms", "TPOT ms", "prompt", "cached", "output", "KV moved KiB", "transfer ms"):
+    """Times in milliseconds; fits 80 columns."""
+    table = Table("prompt", "prefill", "decode", title="What happened")
+    for column in ("TTFT", "TPOT", "cached", "KV KiB", "KV ms"):
         table.add_column(column, justify="right")
     for name, complete in rows:
         placement = complete.placement
         table.add_row(
             name,
-            show.MODES.get(placement.mode, "?"),
             placement.prefill_worker,
             placement.decode_worker,
             f"{placement.ttft_s * 1e3:.1f}",
             f"{placement.tpot_s * 1e3:.2f}",
-            str(complete.prompt_tokens),
-            str(complete.cached_tokens),
-            str(complete.completion_tokens),
+            f"{complete.cached_tokens}/{complete.prompt_tokens}",
             f"{placement.kv_bytes_moved / 1024:,.0f}",
             f"{placement.transfer_s * 1e3:.1f}",
         )

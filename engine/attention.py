@@ -59,27 +59,27 @@ def _attend(
     scaling: float,
     sliding_window: int | None,
 ) -> torch.Tensor:
-    """Rows of one group, [num_rows, num_heads, head_dim], attended. Query heads that share a KV head become further
-    queries of that head, so keys and values are never repeated."""
-    keys, values = kv_cache.read(layer, group.kv_rows)
+    """Rows of one group, [num_rows, num_heads, head_dim], attended."""
     num_kv_heads, head_dim = kv_cache.layout.num_kv_heads, kv_cache.layout.head_dim
-    mask = group.mask(sliding_window, rows.dtype)
+    keys, values = kv_cache.read(layer, group.kv_rows)
+    keys = keys.view(group.num_requests, num_kv_heads, group.kv_len, head_dim)
+    values = values.view(keys.shape)
     if group.query_len == 1:
-        shape = (group.num_requests, num_kv_heads, group.kv_len, head_dim)
-        keys, values = keys.view(shape), values.view(shape)
+        # The query heads that share a KV head become queries of that head: it is read once for all of them.
         queries = rows.reshape(group.num_requests, num_kv_heads, -1, head_dim)
-        out = functional.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, scale=scaling)
-        return out.reshape(rows.shape)
-    assert group.num_requests == 1
-    # One request: its KV heads stand in the batch dimension, the query heads of each beside one another.
-    queries = rows.view(group.query_len, num_kv_heads, -1, head_dim).permute(
-        1, 2, 0, 3
-    )  # [num_kv_heads, share, query_len, head_dim]
-    shape = (num_kv_heads, 1, group.kv_len, head_dim)
-    keys = keys.view(shape).expand(-1, queries.shape[1], -1, -1)
-    values = values.view(shape).expand(-1, queries.shape[1], -1, -1)
-    out = functional.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, scale=scaling)
-    return out.permute(2, 0, 1, 3).reshape(rows.shape)
+    else:
+        queries = rows.view(group.num_requests, group.query_len, -1, head_dim).transpose(1, 2)
+    causal = group.is_causal(sliding_window)
+    out = functional.scaled_dot_product_attention(
+        queries,
+        keys,
+        values,
+        attn_mask=None if causal else group.mask(sliding_window, rows.dtype),
+        is_causal=causal,
+        scale=scaling,
+        enable_gqa=True,
+    )
+    return (out if group.query_len == 1 else out.transpose(1, 2)).reshape(rows.shape)
 
 
 ALL_ATTENTION_FUNCTIONS.register(ATTENTION_NAME, paged_attention)

@@ -67,11 +67,13 @@ class KVCacheManager:
         table = self._tables.get(request, [])
         assert not (table and computed_blocks)
         num_computed = max(request.num_computed_tokens, len(computed_blocks) * self._config.block_size)
-        num_wanted = self._config.num_blocks_for(num_computed + num_new_tokens)
-        if not self._room_for(num_wanted - len(table), computed_blocks):
+        num_missing = self._config.num_blocks_for(num_computed + num_new_tokens) - len(table)
+        if table and num_missing <= 0:
+            return True  # most decodes: the last block has room
+        if not self._room_for(num_missing, computed_blocks):
             return False
         self._pool.acquire(computed_blocks)
-        new_blocks = self._pool.allocate(max(0, num_wanted - len(table) - len(computed_blocks)))
+        new_blocks = self._pool.allocate(num_missing - len(computed_blocks))
         assert new_blocks is not None
         self._tables.setdefault(request, table).extend([*computed_blocks, *new_blocks])
         return True

@@ -1,7 +1,6 @@
-"""What a checkpoint folder says about its model without its weights: sizes, limits, fingerprint, and whether we serve
-it.
+"""What a checkpoint folder says about its model without loading it: sizes, limits, fingerprint, whether we serve it.
 
-Loads no weights and imports no torch, so a router or a command line may read it."""
+Opens the weight files only to hash them and to see that they are whole."""
 
 from __future__ import annotations
 
@@ -12,6 +11,7 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PreTrainedConfig
 
 from protos.types import KVLayout
@@ -130,8 +130,8 @@ def _refuse_unsupported(folder: Path, raw: dict[str, Any]) -> None:
 def _parse_config(folder: Path) -> PreTrainedConfig:
     try:
         config: PreTrainedConfig = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    # What a config full of wrong values raises depends on which value is wrong.
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, ZeroDivisionError) as error:
+    # What a config with a wrong value raises depends on the value.
+    except (StrictDataclassError, OSError, ValueError, TypeError, KeyError, ZeroDivisionError) as error:
         raise ModelLoadError(folder, f"config.json is not usable: {error}") from error
     return config
 

@@ -41,6 +41,7 @@ def load_model(path: str | Path, dtype: str = "float32", device: str | torch.dev
             local_files_only=True,
             trust_remote_code=False,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # not ignored: refused below, by name
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ModelLoadError(facts.path, f"its weights do not fit its config: {error}") from error

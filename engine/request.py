@@ -37,6 +37,7 @@ class Request:
 
         self.status = RequestStatus.WAITING
         self.finish_reason: FinishReason | None = None
+        self.waiting_order = (True, 0, True, 0)  # the scheduler's, fixed when it is queued
         self.num_computed_tokens = 0
         self.num_hashed_blocks = 0  # first blocks of its table that the prefix cache has been told of
         self.hash_links: list[bytes] = []  # of its first full hash blocks; grows with token_ids

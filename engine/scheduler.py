@@ -1,7 +1,7 @@
 """What the next step computes: which requests run, how many tokens of each, who waits, who is preempted.
 
 There is no prefill phase and no decode phase: num_computed_tokens of every request chases its num_tokens. Knows nothing
-of transfers, outputs or other workers."""
+of outputs or other workers."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class Scheduler:
     def __init__(self, config: SchedulerConfig, manager: KVCacheManager) -> None:
         self._config = config
         self._manager = manager
-        self.waiting: list[Request] = []  # by _waiting_order
+        self.waiting: list[Request] = []  # by waiting_order
         self.running: list[Request] = []
         self.num_steps = 0
         self._in_step: list[Request] = []
@@ -247,8 +247,13 @@ class Scheduler:
         self.running.append(request)
 
     def _queue(self, request: Request, status: RequestStatus) -> None:
+        """Behind those that take memory while they wait (own blocks, or blocks that an open transfer leases); then by
+        priority, in each priority those that were preempted first; then by arrival."""
         request.status = status
-        insort(self.waiting, request, key=_waiting_order)
+        takes_memory = bool(self._manager.block_table(request)) or request.open_transfer_id is not None
+        is_preempted = status is RequestStatus.PREEMPTED
+        request.waiting_order = (not takes_memory, -request.priority, not is_preempted, request.arrival)
+        insort(self.waiting, request, key=lambda each: each.waiting_order)
 
     def _leave_queues(self, request: Request) -> None:
         for queue in (self.waiting, self.running):
@@ -259,13 +264,3 @@ class Scheduler:
 def _urgency(request: Request) -> tuple[int, int]:
     """Higher priority first, then earlier arrival."""
     return (-request.priority, request.arrival)
-
-
-def _waiting_order(request: Request) -> tuple[bool, int, bool, int]:
-    """Those with blocks first; then by priority, in each those that were preempted, then by arrival."""
-    return (
-        request.num_computed_tokens == 0,
-        -request.priority,
-        request.status is not RequestStatus.PREEMPTED,
-        request.arrival,
-    )

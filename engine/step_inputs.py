@@ -46,6 +46,11 @@ class AttentionGroup:
     def num_rows(self) -> int:
         return self.num_requests * self.query_len
 
+    def is_causal(self, sliding_window: int | None) -> bool:
+        """A whole prompt in one chunk, seen by no window: the triangle needs no mask, and half of the work."""
+        whole = self.query_len == self.kv_len > 1
+        return whole and (sliding_window is None or sliding_window >= self.kv_len)
+
     def mask(self, sliding_window: int | None, dtype: torch.dtype) -> torch.Tensor:
         """[num_requests, 1, query_len, kv_len]: 0 where a query sees a key, -inf elsewhere. Made by the first layer
         that asks, kept for the step."""

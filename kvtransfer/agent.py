@@ -77,10 +77,10 @@ class TransferAgent:
     def set_members(self, version: int, members: tuple[PeerRef, ...]) -> None:
         if version < self._version:
             return
-        before = {peer.incarnation for peer in (self._members or {}).values()}
+        former = {peer.incarnation for peer in (self._members or {}).values()}
         self._version = version
         self._members = {peer.worker_id: peer for peer in members}
-        self._destination.drop_peers(before - {peer.incarnation for peer in members})
+        self._destination.set_members({peer.incarnation for peer in members}, former)
         if self._me.role is Role.PREFILL:
             self._source.set_peers(tuple(peer for peer in members if peer.role is Role.DECODE))
 

@@ -80,8 +80,12 @@ class DestinationLane:
         return [chunk.seq for chunk in dropped]
 
     async def close(self) -> None:
-        await asyncio.to_thread(self._link.close)
-        await asyncio.to_thread(self._thread.close, self._join_timeout_s)
+        await asyncio.to_thread(self._close)
+
+    def _close(self) -> None:
+        """In this order: the link's end wakes the thread."""
+        self._link.close()
+        self._thread.close(self._join_timeout_s)
 
     def _post_waiting(self) -> None:
         while self._waiting and (slot := self._ring.take()) is not None:

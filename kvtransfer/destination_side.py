@@ -82,6 +82,7 @@ class DestinationSide:
         self._transfers: dict[bytes, DestinationTransfer] = {}
         self._peers: dict[str, IncomingPeer] = {}
         self._serving: set[asyncio.Task[None]] = set()
+        self._closing: set[asyncio.Task[None]] = set()
 
     @property
     def num_open(self) -> int:
@@ -90,14 +91,12 @@ class DestinationSide:
     # --- peers ------------------------------------------------------------------------------------------------------
 
     async def serve(self, stream: FrameStream) -> None:
-        """One incoming stream, to its end. In a task of its own, so that a cancelled call is still cleaned up."""
+        """One incoming stream, to its end. In a task of its own: a cancelled call ends its stream, and the task then
+        cleans up in peace."""
         task = self._loop.create_task(self._serve(stream))
         self._serving.add(task)
         task.add_done_callback(self._serving.discard)
-        try:
-            await asyncio.wait([task])
-        finally:
-            task.cancel()
+        await asyncio.wait([task])
         if not task.cancelled():
             task.result()
 
@@ -117,7 +116,7 @@ class DestinationSide:
             logger.info("KV stream from %s ended: %s", peer.peer.worker_id if peer else "a stranger", reason)
             if peer is not None:
                 self._lose(peer, reason)
-                await peer.lane.close()
+                await self._close_lane(peer)
 
     async def _welcome(self, channel: PeerChannel) -> Hello | None:
         hello = await channel.read(self._config.connect_timeout_s)
@@ -141,7 +140,7 @@ class DestinationSide:
             await channel.write(link.offer)
             await peer.lane.connect()
         except BaseException:
-            await peer.lane.close()
+            await self._close_lane(peer)
             raise
         if (former := self._peers.get(sender.incarnation)) is not None:
             self._lose(former, "dialled again")
@@ -153,6 +152,13 @@ class DestinationSide:
         name = f"kv-from-{sender.worker_id}"
         return DestinationLane(name, link, self._store, self._config, self._on_posted, self._on_chunk_ended)
 
+    async def _close_lane(self, peer: IncomingPeer) -> None:
+        """`close` may cut the caller short, not the closing."""
+        task = self._loop.create_task(peer.lane.close())
+        self._closing.add(task)
+        task.add_done_callback(self._closing.discard)
+        await asyncio.shield(task)
+
     def _lose(self, peer: IncomingPeer, reason: str) -> None:
         incarnation = peer.peer.incarnation
         if self._peers.get(incarnation) is not peer:
@@ -162,12 +168,14 @@ class DestinationSide:
                 self._apply(transfer, LinkLost(reason))
         del self._peers[incarnation]
 
-    def drop_peers(self, incarnations: set[str]) -> None:
+    def set_members(self, incarnations: set[str], former: set[str]) -> None:
+        """A source that was announced before it became a member is not one that left."""
+        gone = (former | self._peers.keys()) - incarnations
         for transfer in list(self._transfers.values()):
-            if transfer.stamp.source_incarnation in incarnations:
+            if transfer.stamp.source_incarnation in gone:
                 self._apply(transfer, SourceLeft())
         for peer in self._peers.values():
-            if peer.peer.incarnation in incarnations:
+            if peer.peer.incarnation in gone:
                 peer.channel.close("no longer a member")
 
     async def close(self) -> None:
@@ -177,6 +185,7 @@ class DestinationSide:
         for task in serving:
             task.cancel()
         await asyncio.gather(*serving, return_exceptions=True)
+        await asyncio.gather(*self._closing)
 
     # --- what the host asks for ---------------------------------------------------------------------------------------
 

@@ -58,7 +58,9 @@ class OutgoingPeer:
         self._on_gathered = on_gathered
         self._on_lost = on_lost
         self._channel: PeerChannel | None = None
+        self._closing_lane: asyncio.Task[None] | None = None
         self._task = asyncio.create_task(self._keep_connected())
+        self._task.add_done_callback(_report_bug)
 
     def send(self, message: Message) -> None:
         """Dropped where there is no stream: the transfer hears of that as a lost link."""
@@ -72,6 +74,8 @@ class OutgoingPeer:
 
     async def closed(self) -> None:
         await asyncio.gather(self._task, return_exceptions=True)
+        if self._closing_lane is not None:
+            await self._closing_lane
 
     def _lose(self, reason: str) -> None:
         if self.lane is not None:
@@ -110,7 +114,8 @@ class OutgoingPeer:
             finally:
                 self._lose(reason)
                 if lane is not None:
-                    await lane.close()
+                    self._closing_lane = asyncio.create_task(lane.close())
+                    await asyncio.shield(self._closing_lane)  # `drop` may cut this task short, not the closing
 
     async def _shake_hands(self, channel: PeerChannel) -> LinkOffer:
         mine = terms_of(self._store.layout, self._config)
@@ -139,3 +144,9 @@ class OutgoingPeer:
 
         link = self._transport.dial(offer, on_failure)
         return SourceLane(f"kv-to-{self.peer.worker_id}", link, self._store, self._config, self._on_gathered)
+
+
+def _report_bug(task: asyncio.Task[None]) -> None:
+    """What is not a lost link ends the dialling, but not in silence."""
+    if not task.cancelled() and (bug := task.exception()) is not None:
+        logger.critical("dialling ended by a bug", exc_info=bug)

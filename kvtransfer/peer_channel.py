@@ -50,10 +50,11 @@ class PeerChannel:
     async def read(self, timeout_s: float) -> Message:
         """The next frame, pings included. Raises ChannelLost."""
         try:
-            frame = await asyncio.wait_for(self._stream.read(), timeout_s)
+            async with asyncio.timeout(timeout_s):
+                frame = await self._stream.read()
         except TimeoutError:
             raise ChannelLost(f"silent for {timeout_s} s") from None
-        except grpc.RpcError as error:
+        except (grpc.RpcError, asyncio.InvalidStateError) as error:
             raise ChannelLost(_words(error)) from None
         if frame is grpc.aio.EOF:
             raise ChannelLost("the peer ended the stream")
@@ -66,10 +67,11 @@ class PeerChannel:
         """Send before anything that is queued. Raises ChannelLost."""
         frame = worker_pb2.PeerFrame(body=encode(message))
         try:
-            await asyncio.wait_for(self._stream.write(frame), self._config.silence_timeout_s)
+            async with asyncio.timeout(self._config.silence_timeout_s):
+                await self._stream.write(frame)
         except TimeoutError:
             raise ChannelLost("the peer does not read") from None
-        except grpc.RpcError as error:
+        except (grpc.RpcError, asyncio.InvalidStateError) as error:
             raise ChannelLost(_words(error)) from None
 
     async def run(self, on_message: Callable[[Message], None]) -> str:
@@ -98,11 +100,13 @@ class PeerChannel:
     async def _write_all(self) -> None:
         while True:
             try:
-                message = await asyncio.wait_for(self._unsent.get(), self._config.ping_interval_s)
+                async with asyncio.timeout(self._config.ping_interval_s):
+                    message = await self._unsent.get()
             except TimeoutError:
                 message = Ping()
             await self.write(message)
 
 
-def _words(error: grpc.RpcError) -> str:
+def _words(error: Exception) -> str:
+    """gRPC raises InvalidStateError for a write to a call that has ended."""
     return f"{error.code().name}: {error.details()}" if isinstance(error, grpc.aio.AioRpcError) else str(error)

@@ -97,8 +97,12 @@ class SourceLane:
         return cancelled
 
     async def close(self) -> None:
-        await asyncio.to_thread(self._link.close)
-        await asyncio.to_thread(self._thread.close, self._join_timeout_s)
+        await asyncio.to_thread(self._close)
+
+    def _close(self) -> None:
+        """In this order: the link's end wakes the thread."""
+        self._link.close()
+        self._thread.close(self._join_timeout_s)
 
     def _take_number(self, number: int) -> bool:
         """False for one that was sent before. A gap means that a `ready` was lost: the link cannot go on."""

@@ -28,12 +28,11 @@ class Attempt:
         """Those that may hold state of this attempt and may report its tokens."""
         return (self.plan.prefill,) if self.plan.decode is None else (self.plan.prefill, self.plan.decode)
 
-    def find_worker(self, worker_id: str) -> WorkerView | None:
-        return next((view for view in self.workers if view.worker_id == worker_id), None)
-
     def needs(self, view: WorkerView, num_committed_tokens: int) -> bool:
         """Whether the attempt is lost with this worker. The prefill worker of a handoff can be spared once the decode
         worker, which then owns the KV, has reported and the prefill worker's own token has come."""
+        if view is self.plan.decoding_worker:
+            return True
         return view is self.plan.prefill and not (
             self.plan.decoding_worker.worker_id in self.reported and num_committed_tokens > self.first_index
         )
@@ -80,12 +79,13 @@ class InFlight:
         self.last_token_at = now
 
     def submit(self, attempt: Attempt, now: float) -> GenerateRequest:
-        """What a worker receives for this attempt, without its end of a handoff."""
+        """What a worker receives for this attempt, without its end of a handoff. The tokens are those the attempt began
+        with, also for a decode worker that joins late: both ends of a handoff must count alike."""
         deadline_s = self.template.deadline_s
         return replace(
             self.template,
             attempt=attempt.number,
-            token_ids=self.template.token_ids + self.log.token_ids,
+            token_ids=self.template.token_ids + self.log.token_ids[: attempt.first_index],
             deadline_s=None if deadline_s is None else max(0.0, deadline_s - (now - self.arrived_at)),
             home_worker_ids=attempt.plan.home_worker_ids,
         )

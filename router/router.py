@@ -132,7 +132,8 @@ class Router:
         plan.prefill.pending_tokens[request_id] = in_flight.num_tokens - plan.num_predicted_cached_tokens
         plan.prefill.prefixes.note(in_flight.links)
         submit = replace(in_flight.submit(attempt, now), handoff_to=attempt.handoff_to())
-        return [Send(plan.prefill.worker_id, submits=(submit,)), *self._place_decode(in_flight, attempt, now)]
+        # The decode worker first: it should know of the transfer when the prefill worker offers it.
+        return [*self._place_decode(in_flight, attempt, now), Send(plan.prefill.worker_id, submits=(submit,))]
 
     def _place_decode(self, in_flight: InFlight, attempt: Attempt, now: float) -> list[Effect]:
         """Charge the worker that will decode; tell it to expect the KV where that is not the one that prefills."""

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
 from typing import NoReturn
 
 import pytest
+import ray
 
 
 def _refuse_to_start(*_: object, **__: object) -> NoReturn:
@@ -14,18 +14,9 @@ def _refuse_to_start(*_: object, **__: object) -> NoReturn:
 
 
 @pytest.fixture(autouse=True)
-def ray_only_where_marked(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Looks at Ray only where something imported it already: importing it here would slow down every run."""
-    if request.node.get_closest_marker("ray"):
-        yield
-        return
-    if "ray" in sys.modules:
-        monkeypatch.setattr(sys.modules["ray"], "init", _refuse_to_start)
-    yield
-    ray = sys.modules.get("ray")  # perhaps imported by the test itself
-    if ray is not None and ray.is_initialized():
-        ray.shutdown()
-        _refuse_to_start()
+def ray_only_where_marked(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if request.node.get_closest_marker("ray") is None:
+        monkeypatch.setattr(ray, "init", _refuse_to_start)
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -8,7 +8,16 @@ from io import StringIO
 import pytest
 from rich.console import Console
 
-from bench.harness import Figure, benchmark_names, interleave, load_benchmark, median_of, print_table, to_json
+from bench.harness import (
+    Figure,
+    benchmark_names,
+    description_of,
+    interleave,
+    load_benchmark,
+    median_of,
+    print_table,
+    to_json,
+)
 
 FIGURES = [
     Figure("throughput", 120.0, "tok/s", target=100.0),
@@ -67,5 +76,6 @@ def test_unknown_benchmark_is_named() -> None:
 @pytest.mark.parametrize("name", benchmark_names())
 def test_every_benchmark_has_its_parts(name: str) -> None:
     benchmark = load_benchmark(name)
+    assert description_of(name) == benchmark.DESCRIPTION
     assert benchmark.DESCRIPTION and "\n" not in benchmark.DESCRIPTION
     assert callable(benchmark.run)

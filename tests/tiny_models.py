@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
+    AutoModelForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
@@ -78,6 +79,19 @@ def _build(family: str, sliding_window: int | None, max_model_len: int) -> PreTr
             return Qwen3ForCausalLM(Qwen3Config(**sizes, head_dim=32, **(window if sliding_window else {})))
         case _:
             raise ValueError(f"unknown family {family!r}")
+
+
+def greedy_reference(path: Path, prompts: list[list[int]], num_new_tokens: int) -> list[list[int]]:
+    """What transformers itself generates greedily, one prompt at a time, not stopping at end-of-sequence tokens."""
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="sdpa")
+    model.generation_config.eos_token_id = None
+    outputs = []
+    for prompt in prompts:
+        ids = torch.tensor([prompt])
+        mask = torch.ones_like(ids)
+        tokens = model.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=num_new_tokens)
+        outputs.append(tokens[0, len(prompt) :].tolist())
+    return outputs
 
 
 def tiny_tokenizer(max_model_len: int = 2048) -> PreTrainedTokenizerFast:

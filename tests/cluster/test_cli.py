@@ -13,7 +13,10 @@ from pathlib import Path
 
 import psutil
 import pytest
+from click.testing import Result
+from typer.testing import CliRunner
 
+from cluster.cli import app
 from tests.cluster.server import PATIENT, Server, eventually, serving
 from tests.tiny_models import save_tiny_model
 
@@ -112,11 +115,16 @@ def test_too_few_ray_resources_is_an_error_within_seconds() -> None:
     assert time.monotonic() - started_at < 30
 
 
+def refused(*arguments: str) -> Result:
+    """Calls that fail before anything is started need no process of their own."""
+    return CliRunner().invoke(app, list(arguments), env={"COLUMNS": "500"})
+
+
 def test_port_in_use_is_named() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         address = f"127.0.0.1:{taken.getsockname()[1]}"
-        answer = twinring("serve", "--listen", address)
-    assert answer.returncode == 1
+        answer = refused("serve", "--listen", address)
+    assert answer.exit_code == 1
     assert address in answer.stderr
 
 
@@ -137,8 +145,8 @@ def test_port_in_use_is_named() -> None:
 def test_an_unusable_checkpoint_is_refused_with_its_reason(tmp_path: Path, damage, reason: str) -> None:  # type: ignore[no-untyped-def]
     folder = save_tiny_model(tmp_path / "model", "llama")
     damage(folder)
-    answer = twinring("serve", "--model", str(folder), "--listen", "127.0.0.1:0")
-    assert answer.returncode == 1
+    answer = refused("serve", "--model", str(folder), "--listen", "127.0.0.1:0")
+    assert answer.exit_code == 1
     assert reason in answer.stderr
     assert str(folder).replace("\n", "") in answer.stderr.replace("\n", "")
 
@@ -156,6 +164,6 @@ def test_an_unusable_checkpoint_is_refused_with_its_reason(tmp_path: Path, damag
     ],
 )
 def test_a_wrong_setting_is_named(arguments: tuple[str, ...], words: str) -> None:
-    answer = twinring("serve", "--listen", "127.0.0.1:0", *arguments)
-    assert answer.returncode == 1
+    answer = refused("serve", "--listen", "127.0.0.1:0", *arguments)
+    assert answer.exit_code == 1
     assert words in answer.stderr

@@ -57,8 +57,11 @@ def prompts_of(num: int, length: int, seed: int) -> list[list[int]]:
 
 
 def assert_disaggregated(answers: list[Answer]) -> None:
-    """Every request went the planned way: prefilled there, KV moved and used, nothing recomputed."""
-    for answer in answers:
+    """Every request went the planned way: prefilled there, KV moved and used, nothing recomputed. One that ended with
+    its first token had no use for its KV elsewhere."""
+    longer = [answer for answer in answers if answer.complete.completion_tokens > 1]
+    assert len(longer) > len(answers) // 2
+    for answer in longer:
         placement = answer.placement
         assert placement.mode == pb.SERVING_MODE_DISAGGREGATED, placement
         assert (placement.prefill_worker, placement.decode_worker) == ("prefill-0", "decode-0")

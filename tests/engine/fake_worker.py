@@ -1,13 +1,14 @@
 """A WorkerCore with a fake model and a fake KV memory, and a fake network that moves KV between such workers.
 
-A fake KV entry is a digest of the whole prefix up to its token, so a block that was reused too early, matched wrongly or
-copied to the wrong place is noticed by the first request that attends to it."""
+A fake KV entry is a digest of the whole prefix up to its token, so a block that was reused too early, matched wrongly
+or copied to the wrong place is noticed by the first request that attends to it."""
 
 from __future__ import annotations
 
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 from zlib import crc32
 
 from engine.config import SchedulerConfig
@@ -36,17 +37,20 @@ from protos.types import (
 
 KEY = b"k" * 16
 PEER = PeerRef("other", "1", "host:1", Role.DECODE)
+T, T2 = b"transfer-one", b"transfer-two"
+PROMPT = list(range(10))  # two full blocks and a tail
 
 
 def config(**changes: int | bool) -> SchedulerConfig:
-    values: dict[str, int | bool] = {
+    values: dict[str, Any] = {
         "max_model_len": 64,
         "max_num_batched_tokens": 16,
         "max_num_seqs": 4,
         "block_size": 4,
         "hash_block_size": 2,
+        **changes,
     }
-    return SchedulerConfig(**(values | changes))  # type: ignore[arg-type]
+    return SchedulerConfig(**values)
 
 
 def generate(
@@ -89,6 +93,9 @@ def expected_output(token_ids: Sequence[int], num_tokens: int) -> list[int]:
     for _ in range(num_tokens):
         tokens.append(next_token(tokens))
     return tokens[len(token_ids) :]
+
+
+TOKEN = next_token(PROMPT)
 
 
 class FakeWorker:
@@ -139,7 +146,7 @@ class FakeWorker:
         raise AssertionError(f"not done after {max_steps} steps")
 
     def execute(self, output: SchedulerOutput) -> StepResult:
-        sampled = {}
+        sampled: dict[str, tuple[int, ...]] = {}
         assert sum(each.num_scheduled_tokens for each in output.scheduled) == output.num_batched_tokens
         assert output.num_batched_tokens <= self.config.max_num_batched_tokens
         for each in output.scheduled:
@@ -156,9 +163,7 @@ class FakeWorker:
         return StepResult(sampled)
 
     def read(self, block_table: Sequence[int], num_tokens: int) -> list[int | None]:
-        return [
-            self._row(block_table, position)[position % self.config.block_size] for position in range(num_tokens)
-        ]
+        return [self._row(block_table, position)[position % self.config.block_size] for position in range(num_tokens)]
 
     def tokens_of(self, request_id: str) -> list[int]:
         """The output that was sent for a request; asserts that repeats are equal and that nothing is missing."""
@@ -189,6 +194,16 @@ class FakeWorker:
         return effects
 
 
+def held_and_leased(worker: FakeWorker) -> tuple[int, int]:
+    ledger = worker.core.ledger()
+    assert ledger.balanced
+    return ledger.held, ledger.leased
+
+
+def kinds(effects: list[Effect]) -> list[str]:
+    return [type(effect).__name__ for effect in effects]
+
+
 @dataclass(slots=True)
 class FakeTransfer:
     """What the network knows of one transfer. Invariant: the source's blocks are read before `closed` only."""
@@ -208,9 +223,7 @@ class FakeTransfer:
 
     def copy(self) -> None:
         assert self.grant is not None
-        for source_block, block in zip(
-            self.blocks[self.grant.num_held_blocks :], self.grant.block_ids, strict=True
-        ):
+        for source_block, block in zip(self.blocks[self.grant.num_held_blocks :], self.grant.block_ids, strict=True):
             self.destination.kv[block] = list(self.source.kv[source_block])
 
 

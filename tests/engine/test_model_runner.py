@@ -10,14 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
 
 from engine.model_loader import LoadedModel, load_model
 from engine.model_runner import ModelRunner
 from engine.paged_kv_cache import PagedKVCache
 from engine.scheduler_output import ScheduledRequest, SchedulerOutput
 from protos.types import SamplingParams
-from tests.tiny_models import FAMILIES, save_tiny_model
+from tests.tiny_models import FAMILIES, greedy_reference, save_tiny_model
 
 BLOCK_SIZE = 8
 NUM_BLOCKS = 64
@@ -108,24 +107,6 @@ def make_prompts(seed: int = 1) -> list[list[int]]:
     return [[rng.randrange(256) for _ in range(length)] for length in (1, 5, 8, 16, 23, 40, 61)]
 
 
-def reference(path: Path, prompts: list[list[int]]) -> list[list[int]]:
-    """What transformers generates, one prompt at a time."""
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="sdpa")
-    outputs = []
-    for prompt in prompts:
-        ids = torch.tensor([prompt])
-        tokens = model.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            do_sample=False,
-            min_new_tokens=NUM_NEW_TOKENS,
-            max_new_tokens=NUM_NEW_TOKENS,
-            eos_token_id=None,
-        )
-        outputs.append(tokens[0, len(prompt) :].tolist())
-    return outputs
-
-
 CASES = [(family, None) for family in FAMILIES] + [(f, WINDOW) for f in FAMILIES if f != "llama"]
 
 
@@ -133,7 +114,7 @@ CASES = [(family, None) for family in FAMILIES] + [(f, WINDOW) for f in FAMILIES
 def golden(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[list[int]]]:
     family, window = request.param
     path = save_tiny_model(tmp_path_factory.mktemp(family), family, seed=3, sliding_window=window)
-    return path, reference(path, make_prompts())
+    return path, greedy_reference(path, make_prompts(), NUM_NEW_TOKENS)
 
 
 @pytest.fixture(scope="module")

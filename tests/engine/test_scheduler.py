@@ -163,6 +163,42 @@ def test_the_latest_of_the_lowest_priority_is_preempted_and_starts_again() -> No
     bench.end(output)
 
 
+def resume(bench: Bench, name: str, num_tokens: int, num_computed: int) -> Request:
+    request = Request(generate(name, range(num_tokens), max_tokens=1), bench.num_added, 0.0)
+    bench.num_added += 1
+    assert bench.manager.allocate_slots(request, num_computed)
+    request.num_computed_tokens = num_computed
+    request.first_scheduled_at = 0.0
+    bench.scheduler.resume(request)
+    return request
+
+
+def test_what_a_preemption_frees_is_for_the_running_ones() -> None:
+    bench = Bench(num_blocks=5, enable_prefix_caching=False)
+    resume(bench, "head", num_tokens=20, num_computed=4)
+    resume(bench, "middle", num_tokens=4, num_computed=3)
+    resume(bench, "last", num_tokens=12, num_computed=11)
+    bench.add(2, first_token=7, max_tokens=1, priority=1)  # there would be room for it
+    output = bench.begin()
+    assert output.preempted_request_ids == ("last",)
+    assert [each.request_id for each in output.scheduled] == ["middle"]  # head still lacks a block
+    bench.end(output)
+    assert "head" in bench.step()
+
+
+def test_at_most_one_is_preempted_in_a_step() -> None:
+    bench = Bench(num_blocks=4, enable_prefix_caching=False)
+    resume(bench, "head", num_tokens=5, num_computed=4)
+    resume(bench, "inner", num_tokens=4, num_computed=3)
+    resume(bench, "middle", num_tokens=5, num_computed=4)
+    last = resume(bench, "last", num_tokens=4, num_computed=3)
+    bench.manager.lease(b"t", bench.manager.block_table(last))  # so that its preemption frees nothing
+    output = bench.begin()
+    assert output.preempted_request_ids == ("last",)
+    assert [each.request_id for each in output.scheduled] == ["inner"]
+    bench.end(output)
+
+
 def test_a_request_that_is_itself_the_latest_preempts_itself() -> None:
     bench = Bench(num_blocks=4, enable_prefix_caching=False)
     bench.add(7, first_token=1, max_tokens=5)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import gc
+import os
 import secrets
+import threading
 from collections.abc import AsyncIterator
 
 import pytest
@@ -12,11 +15,9 @@ import torch
 
 from kvtransfer.config import TransferConfig
 from protos.types import PeerRef, Role
-from tests.kvtransfer.workers import LAYOUT, Worker, altered, membership, until
+from tests.kvtransfer.workers import CONFIG, LAYOUT, Worker, altered, membership, until
 
 torch.set_num_threads(1)
-
-CONFIG = TransferConfig(chunk_nbytes=2 * LAYOUT.block_nbytes, num_staging_chunks=2)
 
 
 @pytest_asyncio.fixture
@@ -324,3 +325,24 @@ async def test_a_new_life_of_the_destination_is_linked_anew(pair: tuple[Worker, 
     assert torch.equal(new.store.pool[3], source.store.pool[9])
     await source.host.next("closed", transfer_id)
     await new.stop()
+
+
+async def test_agents_leave_nothing_behind() -> None:
+    async def live_once() -> None:
+        source = await Worker(Role.PREFILL, "p0", CONFIG, seed=1).start()
+        destination = await Worker(Role.DECODE, "d0", CONFIG).start()
+        membership(1, source, destination)
+        await source.warm("d0")
+        await source.stop()
+        await destination.stop()
+
+    def count() -> int:
+        gc.collect()
+        return len(os.listdir("/proc/self/fd"))
+
+    await live_once()
+    before = count()
+    for _ in range(4):
+        await live_once()
+    await until(lambda: count() <= before)
+    await until(lambda: not [thread for thread in threading.enumerate() if thread.name.startswith("kv-")])

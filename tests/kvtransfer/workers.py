@@ -19,6 +19,7 @@ from protos.types import KVLayout, PeerRef, Role
 
 LAYOUT = KVLayout("model-a", "float32", 2, 2, 8, 4, 4)  # 1 KiB a block
 NUM_BLOCKS = 64
+CONFIG = TransferConfig(chunk_nbytes=2 * LAYOUT.block_nbytes, num_staging_chunks=2)  # equal in every process
 
 
 class TensorStore:

@@ -306,6 +306,7 @@ def test_a_refused_handoff_goes_to_another_decode_worker_then_stays() -> None:
     first = next(worker_id for worker_id in found if worker_id != "p-0")
     second = {"d-0": "d-1", "d-1": "d-0"}[first]
 
+    router.on(reported("p-0", output("r", 0, 7)), 1.0)
     found = sends(router.on(refused("p-0"), 1.0))  # type: ignore[arg-type]
     assert found[first].aborts == (Abort("r", 1),)
     submit, retarget = found[second].submits[0], found["p-0"].retargets[0]
@@ -314,6 +315,7 @@ def test_a_refused_handoff_goes_to_another_decode_worker_then_stays() -> None:
     assert retarget.handoff_to.peer == peer(second)
     assert retarget.handoff_to.transfer_id == submit.handoff_from.transfer_id != (1).to_bytes(16, "little")
     assert submit.attempt == retarget.attempt == 1
+    assert list(submit.token_ids) == PROMPT  # as at the source, whose first token has come meanwhile
 
     found = sends(router.on(refused("p-0"), 2.0))  # type: ignore[arg-type]
     assert found[second].aborts == (Abort("r", 1),)
@@ -322,7 +324,7 @@ def test_a_refused_handoff_goes_to_another_decode_worker_then_stays() -> None:
 
     router.on(WorkerDown(second, "1", "killed"), 3.0)  # not part of the attempt any more
     assert router.statistics.num_failovers == 0
-    effects = router.on(reported("p-0", output("r", 0, 7, 2, finish=STOP)), 4.0)
+    effects = router.on(reported("p-0", output("r", 1, 2, finish=STOP)), 4.0)
     account = effects[0].account  # type: ignore[union-attr]
     assert account is not None
     assert (account.mode, account.decode_worker) == (ServingMode.LOCAL, "p-0")

@@ -170,7 +170,9 @@ class RouterMachine(RuleBasedStateMachine):
 
     @precondition(lambda self: self.open)
     @rule(pick=picks, how=st.sampled_from((ClientCancelled, AbortRequested, StopMatched)))
-    def end(self, pick: int, how: type[ClientCancelled | AbortRequested | StopMatched]) -> None:
+    def client_ends(self, pick: int, how: type[ClientCancelled | AbortRequested | StopMatched]) -> None:
+        if pick % 4:
+            return  # seldom, so that most requests run on
         request_id = sorted(self.open)[pick % len(self.open)]
         self.feed(how(request_id))
         self.open.discard(request_id)
@@ -197,7 +199,7 @@ class RouterMachine(RuleBasedStateMachine):
                 attempt = self.router._in_flight[request_id].attempt
                 assert attempt is not None
                 assert attempt.number == job.request.attempt
-                assert attempt.find_worker(worker.ref.worker_id) is not None
+                assert worker.ref in [view.ref for view in attempt.workers]
 
     def teardown(self) -> None:
         """With every worker up and nobody dying, every request ends."""
@@ -206,7 +208,7 @@ class RouterMachine(RuleBasedStateMachine):
         for _ in range(2000):
             if not self.open:
                 break
-            for pick in range(20):
+            for pick in range(3 * sum(len(worker.jobs) for worker in self.workers.values())):
                 self.generate(pick, 3)
                 self.transfer(pick)
             while self.on_the_way:
@@ -220,4 +222,4 @@ class RouterMachine(RuleBasedStateMachine):
 
 
 TestRouter = RouterMachine.TestCase
-TestRouter.settings = settings(max_examples=80, stateful_step_count=50, deadline=None)
+TestRouter.settings = settings(max_examples=70, stateful_step_count=60, deadline=None)

@@ -1,0 +1,105 @@
+"""Scheduler and model together: whatever the scheduler does to a request, its tokens are those of transformers."""
+
+from __future__ import annotations
+
+import random
+from array import array
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from engine.config import SchedulerConfig
+from engine.local_engine import LocalEngine
+from engine.model_loader import LoadedModel, load_model
+from engine.model_runner import ModelRunner
+from engine.paged_kv_cache import PagedKVCache
+from engine.worker_core import WorkerCore
+from protos.types import GenerateRequest, SamplingParams
+from tests.tiny_models import greedy_reference, save_tiny_model
+
+BLOCK_SIZE = 8
+NUM_NEW_TOKENS = 16
+GREEDY = SamplingParams(temperature=0.0, top_p=1.0, top_k=0, seed=0, max_tokens=NUM_NEW_TOKENS)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_model(tmp_path_factory.mktemp("qwen3"), "qwen3", seed=5)
+
+
+@pytest.fixture(scope="module")
+def loaded(path: Path) -> LoadedModel:
+    return load_model(path)
+
+
+@pytest.fixture(scope="module")
+def prompts() -> list[list[int]]:
+    """The last two share the first 32 tokens of the longest."""
+    rng = random.Random(2)
+    prompts = [[rng.randrange(256) for _ in range(length)] for length in (3, 17, 30, 41)]
+    return [*prompts, [*prompts[3][:32], 1, 2, 3], prompts[3][:32]]
+
+
+@pytest.fixture(scope="module")
+def expected(path: Path, prompts: list[list[int]]) -> list[list[int]]:
+    return greedy_reference(path, prompts, NUM_NEW_TOKENS)
+
+
+def make_engine(loaded: LoadedModel, num_blocks: int, budget: int = 16) -> tuple[LocalEngine, WorkerCore]:
+    config = SchedulerConfig(
+        max_model_len=256,
+        max_num_batched_tokens=budget,
+        max_num_seqs=8,
+        block_size=BLOCK_SIZE,
+        hash_block_size=BLOCK_SIZE,
+    )
+    cache = PagedKVCache(loaded.facts.kv_layout("float32", BLOCK_SIZE, BLOCK_SIZE), num_blocks)
+    cache.tensor.fill_(torch.nan)
+    core = WorkerCore(config, num_blocks, hash_key=bytes(32), model_fingerprint=loaded.facts.fingerprint)
+    return LocalEngine(core, ModelRunner(loaded, cache)), core
+
+
+def requests_of(prompts: list[list[int]]) -> list[GenerateRequest]:
+    return [
+        GenerateRequest(f"r{i}", f"c{i}", 1, array("i", prompt), len(prompt), GREEDY)
+        for i, prompt in enumerate(prompts)
+    ]
+
+
+@pytest.mark.parametrize(("num_blocks", "budget"), [(64, 16), (64, 512), (12, 16)])
+def test_tokens_equal_generate(
+    loaded: LoadedModel, prompts: list[list[int]], expected: list[list[int]], num_blocks: int, budget: int
+) -> None:
+    """12 blocks hold two requests at a time: the others wait, or are preempted and computed again."""
+    engine, core = make_engine(loaded, num_blocks, budget)
+    outputs = engine.generate(requests_of(prompts))
+    assert list(outputs.values()) == expected
+    ledger = core.ledger()
+    assert ledger.balanced
+    assert ledger.held == ledger.leased == 0
+
+
+def test_cached_prefixes_give_the_same_tokens(
+    loaded: LoadedModel, prompts: list[list[int]], expected: list[list[int]]
+) -> None:
+    engine, core = make_engine(loaded, num_blocks=64)
+    engine.generate(requests_of(prompts))
+    num_steps = core.stats().num_steps
+    assert list(engine.generate(requests_of(prompts)).values()) == expected
+    assert core.stats().num_steps - num_steps < num_steps, "the second time, prefixes come from the cache"
+
+
+def test_a_request_that_cannot_fit_is_refused(loaded: LoadedModel) -> None:
+    engine, _ = make_engine(loaded, num_blocks=64)
+    with pytest.raises(ValueError, match="r0"):
+        engine.generate(requests_of([[1] * 300]))

@@ -1,0 +1,103 @@
+"""The wire form of control frames: everything that was encoded comes back, nothing else gets through."""
+
+from __future__ import annotations
+
+import msgpack
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kvtransfer.messages import (
+    MAX_FRAME_NBYTES,
+    MAX_TEXT_LENGTH,
+    Abort,
+    Accept,
+    Ack,
+    Chunk,
+    Commit,
+    Hello,
+    HelloRefused,
+    LinkOffer,
+    Message,
+    Offer,
+    Ping,
+    Ready,
+    Refuse,
+    Stamp,
+    Terms,
+    TransferKind,
+    decode,
+    encode,
+)
+from protos.types import PROTOCOL_VERSION, PeerRef, Role
+from tests.kvtransfer.workers import LAYOUT
+
+STAMP = Stamp(bytes(range(16)), 3, "life-of-source", "life-of-destination")
+PEER = PeerRef("p0", "life", "10.0.0.1:5000", Role.PREFILL)
+MESSAGES: list[Message] = [
+    Hello(PEER, "other-life", Terms(PROTOCOL_VERSION, LAYOUT, "xxh3_64", 4 << 20)),
+    HelloRefused("dtype differs", True),
+    LinkOffer("127.0.0.1", 40000, "ab" * 16),
+    Ping(),
+    Offer(STAMP, TransferKind.HANDOFF, "request", 9),
+    Accept(STAMP, 2),
+    Refuse(STAMP, "no room"),
+    Chunk(STAMP, 1, 4, 2, 2048, 2**64 - 1),
+    Ready(STAMP, 1, 77, 2048),
+    Commit(STAMP, 12, (1, 2, 3)),
+    Ack(STAMP),
+    Abort(STAMP, "client left"),
+]
+
+
+@pytest.mark.parametrize("message", MESSAGES, ids=lambda message: type(message).__name__)
+def test_round_trip(message: Message) -> None:
+    assert decode(encode(message)) == message
+
+
+@pytest.mark.parametrize("message", MESSAGES, ids=lambda message: type(message).__name__)
+def test_a_field_of_the_wrong_type_is_refused(message: Message) -> None:
+    plain = msgpack.unpackb(encode(message))
+    for position in range(1, len(plain)):
+        for wrong in (None, 1.5, -1, ["text"], b"bytes of no field"):
+            forged = [*plain]
+            forged[position] = wrong
+            with pytest.raises(ValueError, match=r"."):
+                decode(msgpack.packb(forged))
+    with pytest.raises(ValueError, match="fields"):
+        decode(msgpack.packb([*plain, 1]))
+
+
+def test_unknown_kinds_and_long_frames_are_refused() -> None:
+    with pytest.raises(ValueError, match="known kind"):
+        decode(msgpack.packb(["pickle", 1]))
+    with pytest.raises(ValueError, match="longer"):
+        decode(b"\xc0" * (MAX_FRAME_NBYTES + 1))
+    with pytest.raises(ValueError, match="longer"):
+        decode(msgpack.packb(["refuse", *[[bytes(16), 1, "a", "b"]], "x" * (MAX_TEXT_LENGTH + 1)]))
+    with pytest.raises(ValueError, match="16 bytes"):
+        decode(msgpack.packb(["ack", [bytes(15), 1, "a", "b"]]))
+
+
+def test_a_flag_is_not_a_number() -> None:
+    with pytest.raises(ValueError, match="int"):
+        decode(msgpack.packb(["accept", [bytes(16), 1, "a", "b"], True]))
+
+
+@given(st.binary(max_size=200))
+def test_noise_is_refused_by_ValueError_only(body: bytes) -> None:
+    try:
+        message = decode(body)
+    except ValueError:
+        return
+    assert decode(encode(message)) == message
+
+
+@given(st.sampled_from(MESSAGES), st.integers(0, 500), st.integers(1, 255))
+def test_damaged_frames_never_crash(message: Message, position: int, flip: int) -> None:
+    body = bytearray(encode(message))
+    body[position % len(body)] ^= flip
+    try:
+        decode(bytes(body))
+    except ValueError:
+        return

@@ -1,0 +1,110 @@
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, field, replace
+
+import grpc
+import pytest
+
+from protos import inference_pb2 as pb
+from protos.inference_pb2_grpc import ClusterStub, InferenceStub
+from protos.types import PeerRef
+from router.config import RouterConfig
+from router.served_model import ServedModel
+from router.server import RouterServer
+from tests.router.fake_worker import FINGERPRINT, Fabric, FakeWorker
+from tests.router.tokenizers_for_tests import EOS_TOKEN_ID, byte_level
+
+CONFIG = RouterConfig(
+    listen="127.0.0.1:0",
+    hash_block_size=4,
+    block_size=4,
+    lease_s=1.0,
+    heartbeat_interval_s=0.1,
+    connect_timeout_s=5.0,
+)
+SERVED = ServedModel(
+    name="echo",
+    architecture="EchoForCausalLM",
+    dtype="float32",
+    tokenizer=byte_level(),
+    vocab_size=257,
+    max_model_len=200,
+    eos_token_ids=(EOS_TOKEN_ID,),
+    model_fingerprint=FINGERPRINT,
+    block_size=4,
+    hash_block_size=4,
+    hash_key=b"k" * 32,
+)
+
+
+@dataclass
+class Service:
+    """A router server, its fake workers and a client."""
+
+    server: RouterServer
+    fabric: Fabric
+    port: int
+    channel: grpc.aio.Channel
+    workers: dict[str, FakeWorker] = field(default_factory=dict)
+    lost: list[tuple[PeerRef, str]] = field(default_factory=list)
+
+    @property
+    def inference(self) -> InferenceStub:
+        return InferenceStub(self.channel)
+
+    @property
+    def cluster(self) -> ClusterStub:
+        return ClusterStub(self.channel)
+
+    async def add(self, worker: FakeWorker) -> FakeWorker:
+        self.workers[worker.worker_id] = worker
+        await self.server.add_worker(await worker.start())
+        return worker
+
+    async def generate(self, **fields: object) -> list[pb.GenerateResponse]:
+        request = pb.GenerateRequest(**fields)  # type: ignore[arg-type]
+        return [response async for response in self.inference.Generate(request, timeout=20)]
+
+
+async def eventually(condition: Callable[[], bool], timeout_s: float = 10.0) -> None:
+    async with asyncio.timeout(timeout_s):
+        while not condition():  # noqa: ASYNC110 (what is waited for has no event)
+            await asyncio.sleep(0.01)
+
+
+@pytest.fixture
+async def launch() -> AsyncIterator[Callable[..., object]]:
+    """launch(worker ids..., config=..., served=...): a service that listens; with any workers, a ready one."""
+    services: list[Service] = []
+
+    async def start(
+        *worker_ids: str, config: RouterConfig = CONFIG, served: ServedModel = SERVED, token_s: float = 0.0
+    ) -> Service:
+        lost: list[tuple[PeerRef, str]] = []
+        server = RouterServer(config, served, on_worker_lost=lambda ref, reason: lost.append((ref, reason)))
+        port = await server.start()
+        channel = grpc.aio.insecure_channel(f"127.0.0.1:{port}")
+        service = Service(server, Fabric(token_s=token_s), port, channel, lost=lost)
+        services.append(service)
+        num_prefill = sum(worker_id.startswith("p") for worker_id in worker_ids)
+        server.set_expected(num_prefill, len(worker_ids) - num_prefill)
+        for worker_id in worker_ids:
+            worker = FakeWorker(worker_id, service.fabric)
+            worker.warm_links = tuple(name for name in worker_ids if name.startswith("d"))
+            await service.add(worker)
+        if worker_ids:
+            await server.wait_ready(10)
+        return service
+
+    yield start
+    for service in services:
+        await service.channel.close()
+        await service.server.stop(0)
+        for worker in service.workers.values():
+            await worker.kill()
+
+
+def with_fields(**fields: object) -> RouterConfig:
+    return replace(CONFIG, **fields)  # type: ignore[arg-type]
