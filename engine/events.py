@@ -60,14 +60,7 @@ class TransferClosed:
 
 
 Event = (
-    Submitted
-    | Abort
-    | Retarget
-    | TransferOffered
-    | TransferArrived
-    | TransferLost
-    | TransferRefused
-    | TransferClosed
+    Submitted | Abort | Retarget | TransferOffered | TransferArrived | TransferLost | TransferRefused | TransferClosed
 )
 
 # --- effects ------------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ import asyncio
 import contextlib
 import logging
 import os
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -78,6 +79,7 @@ class Worker:
 
     async def serve(self) -> WorkerReady:
         """Listen for routers and peers; the lease starts with the first router."""
+        threading.excepthook = _end_on_crash
         assert self._loaded is not None
         fingerprint = self._loaded.facts.fingerprint
         core = WorkerCore(self._config, self._kv_cache.num_blocks, self._spec.hash_key, fingerprint)
@@ -121,6 +123,12 @@ def scheduler_config(engine: EngineConfig, model_max_len: int) -> SchedulerConfi
         hash_block_size=engine.hash_block_size,
         enable_prefix_caching=engine.enable_prefix_caching,
     )
+
+
+def _end_on_crash(crash: threading.ExceptHookArgs) -> None:
+    """A thread that died may have held blocks or a link's order: nothing here can be trusted after it."""
+    logger.error("thread ended", exc_info=crash.exc_value, extra={"fields": {"thread": str(crash.thread)}})
+    end_process(f"a thread crashed: {crash.exc_value!r}")
 
 
 def end_process(reason: str) -> None:

@@ -24,15 +24,15 @@ class TransferConfig:
     checksum: Checksum = "xxh3_64"
     bind_host: str = "127.0.0.1"  # the data network is neither encrypted nor authenticated: name a private interface
     transport: Literal["gloo"] = "gloo"
-    failpoint: Literal["", "flip_received_byte"] = ""  # tests only
+    failpoint: Literal["", "flip_received_bytes"] = ""  # tests only
 
     def __post_init__(self) -> None:
         if self.checksum not in ("xxh3_64", "sum64", "none"):
             raise ValueError(f"checksum must be xxh3_64, sum64 or none, not {self.checksum!r}")
         if self.transport != "gloo":
             raise ValueError(f"transport must be gloo, not {self.transport!r}")
-        if self.failpoint not in ("", "flip_received_byte"):
-            raise ValueError(f"failpoint must be empty or flip_received_byte, not {self.failpoint!r}")
+        if self.failpoint not in ("", "flip_received_bytes"):
+            raise ValueError(f"failpoint must be empty or flip_received_bytes, not {self.failpoint!r}")
         for name in ("chunk_nbytes", "num_staging_chunks"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")

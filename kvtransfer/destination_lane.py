@@ -52,7 +52,7 @@ class DestinationLane:
         self._ring = StagingRing(store.layout, config.num_staging_chunks, num_slot_blocks)
         self._verifies = config.checksum != "none"
         self._checksum = checksum_of(config.checksum)
-        self._corrupt = _flip_byte if config.failpoint == "flip_received_byte" else None
+        self._corrupt = _flip_bytes if config.failpoint == "flip_received_bytes" else None
         self._on_posted = on_posted
         self._on_ended = on_ended
         self._loop = asyncio.get_running_loop()
@@ -134,5 +134,5 @@ class DestinationLane:
         return ""
 
 
-def _flip_byte(data: torch.Tensor) -> None:
-    data[data.numel() // 2] ^= 0xFF
+def _flip_bytes(data: torch.Tensor) -> None:
+    data.bitwise_not_()  # all of them: one low bit of one value might change no token

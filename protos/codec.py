@@ -13,6 +13,7 @@ from protos.types import (
     GenerateRequest,
     Handoff,
     HandoffRefused,
+    Logprobs,
     PeerRef,
     Retarget,
     Role,
@@ -69,8 +70,43 @@ def _handoff_from_proto(holder: pb.Submit | pb.Retarget, name: str) -> Handoff |
     return Handoff(message.transfer_id, peer_from_proto(message.peer))
 
 
+def _sampling_to_proto(sampling: SamplingParams) -> pb.WorkerSamplingParams:
+    return pb.WorkerSamplingParams(
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        top_k=sampling.top_k,
+        seed=sampling.seed,
+        max_tokens=sampling.max_tokens,
+        stop_token_ids=pack_token_ids(sampling.stop_token_ids),
+        min_p=sampling.min_p,
+        repetition_penalty=sampling.repetition_penalty,
+        presence_penalty=sampling.presence_penalty,
+        frequency_penalty=sampling.frequency_penalty,
+        logit_bias=dict(sampling.logit_bias),
+        min_tokens=sampling.min_tokens,
+        num_logprobs=sampling.num_logprobs,
+    )
+
+
+def _sampling_from_proto(message: pb.WorkerSamplingParams) -> SamplingParams:
+    return SamplingParams(
+        temperature=message.temperature,
+        top_p=message.top_p,
+        top_k=message.top_k,
+        seed=message.seed,
+        max_tokens=message.max_tokens,
+        stop_token_ids=tuple(unpack_token_ids(message.stop_token_ids)),
+        min_p=message.min_p,
+        repetition_penalty=message.repetition_penalty,
+        presence_penalty=message.presence_penalty,
+        frequency_penalty=message.frequency_penalty,
+        logit_bias=tuple(sorted(message.logit_bias.items())),
+        min_tokens=message.min_tokens,
+        num_logprobs=message.num_logprobs if message.HasField("num_logprobs") else None,
+    )
+
+
 def submit_to_proto(request: GenerateRequest) -> pb.Submit:
-    sampling = request.sampling_params
     return pb.Submit(
         request_id=request.request_id,
         client_request_id=request.client_request_id,
@@ -79,14 +115,7 @@ def submit_to_proto(request: GenerateRequest) -> pb.Submit:
         attempt=request.attempt,
         token_ids=pack_token_ids(request.token_ids),
         num_prompt_tokens=request.num_prompt_tokens,
-        sampling_params=pb.WorkerSamplingParams(
-            temperature=sampling.temperature,
-            top_p=sampling.top_p,
-            top_k=sampling.top_k,
-            seed=sampling.seed,
-            max_tokens=sampling.max_tokens,
-            stop_token_ids=pack_token_ids(sampling.stop_token_ids),
-        ),
+        sampling_params=_sampling_to_proto(request.sampling_params),
         priority=request.priority,
         deadline_s=request.deadline_s,
         choice_index=request.choice_index,
@@ -98,7 +127,6 @@ def submit_to_proto(request: GenerateRequest) -> pb.Submit:
 
 
 def submit_from_proto(message: pb.Submit) -> GenerateRequest:
-    sampling = message.sampling_params
     return GenerateRequest(
         request_id=message.request_id,
         client_request_id=message.client_request_id,
@@ -107,14 +135,7 @@ def submit_from_proto(message: pb.Submit) -> GenerateRequest:
         attempt=message.attempt,
         token_ids=unpack_token_ids(message.token_ids),
         num_prompt_tokens=message.num_prompt_tokens,
-        sampling_params=SamplingParams(
-            temperature=sampling.temperature,
-            top_p=sampling.top_p,
-            top_k=sampling.top_k,
-            seed=sampling.seed,
-            max_tokens=sampling.max_tokens,
-            stop_token_ids=tuple(unpack_token_ids(sampling.stop_token_ids)),
-        ),
+        sampling_params=_sampling_from_proto(message.sampling_params),
         priority=message.priority,
         deadline_s=message.deadline_s if message.HasField("deadline_s") else None,
         choice_index=message.choice_index,
@@ -199,6 +220,14 @@ def _output_to_proto(output: TokenOutput) -> pb.TokenOutput:
         finish_reason="" if output.finish_reason is None else output.finish_reason.value,
         account=None if output.account is None else _account_to_proto(output.account),
         error=output.error,
+        logprobs=[
+            pb.Logprobs(
+                logprob=each.logprob,
+                top_token_ids=pack_token_ids(each.top_token_ids),
+                top_logprobs=each.top_logprobs,
+            )
+            for each in output.logprobs
+        ],
     )
 
 
@@ -211,6 +240,10 @@ def _output_from_proto(message: pb.TokenOutput) -> TokenOutput:
         finish_reason=FinishReason(message.finish_reason) if message.finish_reason else None,
         account=_account_from_proto(message.account) if message.HasField("account") else None,
         error=message.error,
+        logprobs=tuple(
+            Logprobs(each.logprob, tuple(unpack_token_ids(each.top_token_ids)), tuple(each.top_logprobs))
+            for each in message.logprobs
+        ),
     )
 
 

@@ -54,6 +54,16 @@ class InferenceStub:
                 request_serializer=protos_dot_inference__pb2.GetLoadsRequest.SerializeToString,
                 response_deserializer=protos_dot_inference__pb2.GetLoadsResponse.FromString,
                 _registered_method=True)
+        self.GetServerInfo = channel.unary_unary(
+                '/twinring.v1.Inference/GetServerInfo',
+                request_serializer=protos_dot_inference__pb2.GetServerInfoRequest.SerializeToString,
+                response_deserializer=protos_dot_inference__pb2.GetServerInfoResponse.FromString,
+                _registered_method=True)
+        self.ExplainRoute = channel.unary_unary(
+                '/twinring.v1.Inference/ExplainRoute',
+                request_serializer=protos_dot_inference__pb2.GenerateRequest.SerializeToString,
+                response_deserializer=protos_dot_inference__pb2.ExplainRouteResponse.FromString,
+                _registered_method=True)
 
 
 class InferenceServicer:
@@ -86,6 +96,19 @@ class InferenceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GetServerInfo(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ExplainRoute(self, request, context):
+        """Where the request would go now, and why. Runs nothing and changes nothing.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_InferenceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -108,6 +131,16 @@ def add_InferenceServicer_to_server(servicer, server):
                     servicer.GetLoads,
                     request_deserializer=protos_dot_inference__pb2.GetLoadsRequest.FromString,
                     response_serializer=protos_dot_inference__pb2.GetLoadsResponse.SerializeToString,
+            ),
+            'GetServerInfo': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetServerInfo,
+                    request_deserializer=protos_dot_inference__pb2.GetServerInfoRequest.FromString,
+                    response_serializer=protos_dot_inference__pb2.GetServerInfoResponse.SerializeToString,
+            ),
+            'ExplainRoute': grpc.unary_unary_rpc_method_handler(
+                    servicer.ExplainRoute,
+                    request_deserializer=protos_dot_inference__pb2.GenerateRequest.FromString,
+                    response_serializer=protos_dot_inference__pb2.ExplainRouteResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -218,6 +251,60 @@ class Inference:
             '/twinring.v1.Inference/GetLoads',
             protos_dot_inference__pb2.GetLoadsRequest.SerializeToString,
             protos_dot_inference__pb2.GetLoadsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetServerInfo(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/twinring.v1.Inference/GetServerInfo',
+            protos_dot_inference__pb2.GetServerInfoRequest.SerializeToString,
+            protos_dot_inference__pb2.GetServerInfoResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ExplainRoute(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/twinring.v1.Inference/ExplainRoute',
+            protos_dot_inference__pb2.GenerateRequest.SerializeToString,
+            protos_dot_inference__pb2.ExplainRouteResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -38,6 +38,13 @@ class SamplingParams:
     seed: int
     max_tokens: int  # of the whole output, earlier attempts included
     stop_token_ids: tuple[int, ...] = ()
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()  # (token id, added to its logit)
+    min_tokens: int = 0
+    num_logprobs: int | None = None  # None: no log probabilities are asked for
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +121,15 @@ class WorkerAccount:
 
 
 @dataclass(frozen=True, slots=True)
+class Logprobs:
+    """Of one output token, after temperature 1 and before any filter."""
+
+    logprob: float
+    top_token_ids: tuple[int, ...] = ()  # most likely first
+    top_logprobs: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class TokenOutput:
     request_id: str
     attempt: int
@@ -122,6 +138,7 @@ class TokenOutput:
     finish_reason: FinishReason | None = None
     account: WorkerAccount | None = None
     error: str = ""
+    logprobs: tuple[Logprobs, ...] = ()  # one for each token, where asked for
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,13 +24,15 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x13protos/worker.proto\x12\x0btwinring.v1\"\x19\n\tPeerFrame\x12\x0c\n\x04\x62ody\x18\x01 \x01(\x0c\"P\n\x07PeerRef\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x03 \x01(\t\x12\x0c\n\x04role\x18\x04 \x01(\t\"E\n\nHandoffRef\x12\x13\n\x0btransfer_id\x18\x01 \x01(\x0c\x12\"\n\x04peer\x18\x02 \x01(\x0b\x32\x14.twinring.v1.PeerRef\"\x83\x01\n\x14WorkerSamplingParams\x12\x13\n\x0btemperature\x18\x01 \x01(\x02\x12\r\n\x05top_p\x18\x02 \x01(\x02\x12\r\n\x05top_k\x18\x03 \x01(\x05\x12\x0c\n\x04seed\x18\x04 \x01(\x03\x12\x12\n\nmax_tokens\x18\x05 \x01(\r\x12\x16\n\x0estop_token_ids\x18\x06 \x01(\x0c\"\xb2\x03\n\x06Submit\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x19\n\x11\x63lient_request_id\x18\x02 \x01(\t\x12\x0e\n\x06tenant\x18\x03 \x01(\t\x12\x12\n\ncache_salt\x18\x04 \x01(\x0c\x12\x0f\n\x07\x61ttempt\x18\x05 \x01(\r\x12\x11\n\ttoken_ids\x18\x06 \x01(\x0c\x12\x19\n\x11num_prompt_tokens\x18\x07 \x01(\r\x12:\n\x0fsampling_params\x18\x08 \x01(\x0b\x32!.twinring.v1.WorkerSamplingParams\x12\x10\n\x08priority\x18\t \x01(\x05\x12\x17\n\ndeadline_s\x18\n \x01(\x01H\x00\x88\x01\x01\x12\x14\n\x0c\x63hoice_index\x18\x0b \x01(\r\x12+\n\nhandoff_to\x18\x0c \x01(\x0b\x32\x17.twinring.v1.HandoffRef\x12-\n\x0chandoff_from\x18\r \x01(\x0b\x32\x17.twinring.v1.HandoffRef\x12\x17\n\x0fhome_worker_ids\x18\x0e \x03(\t\x12\x15\n\rtrace_context\x18\x0f \x01(\tB\r\n\x0b_deadline_s\",\n\x05\x41\x62ort\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\"\\\n\x08Retarget\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12+\n\nhandoff_to\x18\x03 \x01(\x0b\x32\x17.twinring.v1.HandoffRef\"r\n\x0bRouterHello\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x11\n\trouter_id\x18\x02 \x01(\t\x12\x1a\n\x12router_incarnation\x18\x03 \x01(\t\x12\x1a\n\x12worker_incarnation\x18\x04 \x01(\t\"D\n\nMembership\x12\x0f\n\x07version\x18\x01 \x01(\x04\x12%\n\x07workers\x18\x02 \x03(\x0b\x32\x14.twinring.v1.PeerRef\"\xea\x01\n\x0bRouterFrame\x12\'\n\x05hello\x18\x01 \x01(\x0b\x32\x18.twinring.v1.RouterHello\x12\x11\n\theartbeat\x18\x02 \x01(\x04\x12+\n\nmembership\x18\x03 \x01(\x0b\x32\x17.twinring.v1.Membership\x12$\n\x07submits\x18\x04 \x03(\x0b\x32\x13.twinring.v1.Submit\x12\"\n\x06\x61\x62orts\x18\x05 \x03(\x0b\x32\x12.twinring.v1.Abort\x12(\n\tretargets\x18\x06 \x03(\x0b\x32\x15.twinring.v1.Retarget\"\xea\x01\n\rWorkerAccount\x12\x19\n\x11num_cached_tokens\x18\x01 \x01(\r\x12\x10\n\x08queued_s\x18\x02 \x01(\x01\x12\x11\n\tprefill_s\x18\x03 \x01(\x01\x12\x17\n\x0fnum_preemptions\x18\x04 \x01(\r\x12\x14\n\x0cnum_kv_bytes\x18\x05 \x01(\x04\x12\x12\n\ntransfer_s\x18\x06 \x01(\x01\x12\x1a\n\x12transfer_exposed_s\x18\x07 \x01(\x01\x12\x17\n\x0fnum_held_tokens\x18\x08 \x01(\r\x12\x0c\n\x04mode\x18\t \x01(\t\x12\x13\n\x0bmode_reason\x18\n \x01(\t\"\xa7\x01\n\x0bTokenOutput\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12\r\n\x05index\x18\x03 \x01(\r\x12\x11\n\ttoken_ids\x18\x04 \x01(\x0c\x12\x15\n\rfinish_reason\x18\x05 \x01(\t\x12+\n\x07\x61\x63\x63ount\x18\x06 \x01(\x0b\x32\x1a.twinring.v1.WorkerAccount\x12\r\n\x05\x65rror\x18\x07 \x01(\t\"E\n\x0eHandoffRefused\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12\x0e\n\x06reason\x18\x03 \x01(\t\"\x85\x01\n\x0bWorkerHello\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x11\n\tworker_id\x18\x02 \x01(\t\x12\x13\n\x0bincarnation\x18\x03 \x01(\t\x12\x0c\n\x04role\x18\x04 \x01(\t\x12\x19\n\x11model_fingerprint\x18\x05 \x01(\t\x12\x0b\n\x03pid\x18\x06 \x01(\r\"\xb4\x02\n\x0bWorkerStats\x12\x13\n\x0bnum_running\x18\x01 \x01(\r\x12\x13\n\x0bnum_waiting\x18\x02 \x01(\r\x12\x12\n\nnum_blocks\x18\x03 \x01(\r\x12\x17\n\x0fnum_free_blocks\x18\x04 \x01(\r\x12\x19\n\x11num_cached_blocks\x18\x05 \x01(\r\x12\x17\n\x0fnum_held_blocks\x18\x06 \x01(\r\x12\x19\n\x11num_leased_blocks\x18\x07 \x01(\r\x12\x17\n\x0fledger_balanced\x18\x08 \x01(\x08\x12\"\n\x1anum_pending_prefill_tokens\x18\t \x01(\r\x12\x1b\n\x13prefill_s_per_token\x18\n \x01(\x01\x12\x12\n\nwarm_links\x18\x0b \x03(\t\x12\x11\n\tnum_steps\x18\x0c \x01(\x04\"\xcc\x01\n\x0bWorkerFrame\x12\'\n\x05hello\x18\x01 \x01(\x0b\x32\x18.twinring.v1.WorkerHello\x12\x11\n\theartbeat\x18\x02 \x01(\x04\x12)\n\x07outputs\x18\x03 \x03(\x0b\x32\x18.twinring.v1.TokenOutput\x12-\n\x08refusals\x18\x04 \x03(\x0b\x32\x1b.twinring.v1.HandoffRefused\x12\'\n\x05stats\x18\x05 \x01(\x0b\x32\x18.twinring.v1.WorkerStats2K\n\x06Worker\x12\x41\n\x07\x43onnect\x12\x18.twinring.v1.RouterFrame\x1a\x18.twinring.v1.WorkerFrame(\x01\x30\x01\x32\x45\n\x04Peer\x12=\n\x07\x43ontrol\x12\x16.twinring.v1.PeerFrame\x1a\x16.twinring.v1.PeerFrame(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x13protos/worker.proto\x12\x0btwinring.v1\"\x19\n\tPeerFrame\x12\x0c\n\x04\x62ody\x18\x01 \x01(\x0c\"P\n\x07PeerRef\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x03 \x01(\t\x12\x0c\n\x04role\x18\x04 \x01(\t\"E\n\nHandoffRef\x12\x13\n\x0btransfer_id\x18\x01 \x01(\x0c\x12\"\n\x04peer\x18\x02 \x01(\x0b\x32\x14.twinring.v1.PeerRef\"\x9b\x03\n\x14WorkerSamplingParams\x12\x13\n\x0btemperature\x18\x01 \x01(\x02\x12\r\n\x05top_p\x18\x02 \x01(\x02\x12\r\n\x05top_k\x18\x03 \x01(\x05\x12\x0c\n\x04seed\x18\x04 \x01(\x03\x12\x12\n\nmax_tokens\x18\x05 \x01(\r\x12\x16\n\x0estop_token_ids\x18\x06 \x01(\x0c\x12\r\n\x05min_p\x18\x07 \x01(\x02\x12\x1a\n\x12repetition_penalty\x18\x08 \x01(\x02\x12\x18\n\x10presence_penalty\x18\t \x01(\x02\x12\x19\n\x11\x66requency_penalty\x18\n \x01(\x02\x12\x44\n\nlogit_bias\x18\x0b \x03(\x0b\x32\x30.twinring.v1.WorkerSamplingParams.LogitBiasEntry\x12\x12\n\nmin_tokens\x18\x0c \x01(\r\x12\x19\n\x0cnum_logprobs\x18\r \x01(\rH\x00\x88\x01\x01\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x02:\x02\x38\x01\x42\x0f\n\r_num_logprobs\"H\n\x08Logprobs\x12\x0f\n\x07logprob\x18\x01 \x01(\x02\x12\x15\n\rtop_token_ids\x18\x02 \x01(\x0c\x12\x14\n\x0ctop_logprobs\x18\x03 \x03(\x02\"\xb2\x03\n\x06Submit\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x19\n\x11\x63lient_request_id\x18\x02 \x01(\t\x12\x0e\n\x06tenant\x18\x03 \x01(\t\x12\x12\n\ncache_salt\x18\x04 \x01(\x0c\x12\x0f\n\x07\x61ttempt\x18\x05 \x01(\r\x12\x11\n\ttoken_ids\x18\x06 \x01(\x0c\x12\x19\n\x11num_prompt_tokens\x18\x07 \x01(\r\x12:\n\x0fsampling_params\x18\x08 \x01(\x0b\x32!.twinring.v1.WorkerSamplingParams\x12\x10\n\x08priority\x18\t \x01(\x05\x12\x17\n\ndeadline_s\x18\n \x01(\x01H\x00\x88\x01\x01\x12\x14\n\x0c\x63hoice_index\x18\x0b \x01(\r\x12+\n\nhandoff_to\x18\x0c \x01(\x0b\x32\x17.twinring.v1.HandoffRef\x12-\n\x0chandoff_from\x18\r \x01(\x0b\x32\x17.twinring.v1.HandoffRef\x12\x17\n\x0fhome_worker_ids\x18\x0e \x03(\t\x12\x15\n\rtrace_context\x18\x0f \x01(\tB\r\n\x0b_deadline_s\",\n\x05\x41\x62ort\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\"\\\n\x08Retarget\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12+\n\nhandoff_to\x18\x03 \x01(\x0b\x32\x17.twinring.v1.HandoffRef\"r\n\x0bRouterHello\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x11\n\trouter_id\x18\x02 \x01(\t\x12\x1a\n\x12router_incarnation\x18\x03 \x01(\t\x12\x1a\n\x12worker_incarnation\x18\x04 \x01(\t\"D\n\nMembership\x12\x0f\n\x07version\x18\x01 \x01(\x04\x12%\n\x07workers\x18\x02 \x03(\x0b\x32\x14.twinring.v1.PeerRef\"\xea\x01\n\x0bRouterFrame\x12\'\n\x05hello\x18\x01 \x01(\x0b\x32\x18.twinring.v1.RouterHello\x12\x11\n\theartbeat\x18\x02 \x01(\x04\x12+\n\nmembership\x18\x03 \x01(\x0b\x32\x17.twinring.v1.Membership\x12$\n\x07submits\x18\x04 \x03(\x0b\x32\x13.twinring.v1.Submit\x12\"\n\x06\x61\x62orts\x18\x05 \x03(\x0b\x32\x12.twinring.v1.Abort\x12(\n\tretargets\x18\x06 \x03(\x0b\x32\x15.twinring.v1.Retarget\"\xea\x01\n\rWorkerAccount\x12\x19\n\x11num_cached_tokens\x18\x01 \x01(\r\x12\x10\n\x08queued_s\x18\x02 \x01(\x01\x12\x11\n\tprefill_s\x18\x03 \x01(\x01\x12\x17\n\x0fnum_preemptions\x18\x04 \x01(\r\x12\x14\n\x0cnum_kv_bytes\x18\x05 \x01(\x04\x12\x12\n\ntransfer_s\x18\x06 \x01(\x01\x12\x1a\n\x12transfer_exposed_s\x18\x07 \x01(\x01\x12\x17\n\x0fnum_held_tokens\x18\x08 \x01(\r\x12\x0c\n\x04mode\x18\t \x01(\t\x12\x13\n\x0bmode_reason\x18\n \x01(\t\"\xd0\x01\n\x0bTokenOutput\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12\r\n\x05index\x18\x03 \x01(\r\x12\x11\n\ttoken_ids\x18\x04 \x01(\x0c\x12\x15\n\rfinish_reason\x18\x05 \x01(\t\x12+\n\x07\x61\x63\x63ount\x18\x06 \x01(\x0b\x32\x1a.twinring.v1.WorkerAccount\x12\r\n\x05\x65rror\x18\x07 \x01(\t\x12\'\n\x08logprobs\x18\x08 \x03(\x0b\x32\x15.twinring.v1.Logprobs\"E\n\x0eHandoffRefused\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12\x0e\n\x06reason\x18\x03 \x01(\t\"\x85\x01\n\x0bWorkerHello\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x11\n\tworker_id\x18\x02 \x01(\t\x12\x13\n\x0bincarnation\x18\x03 \x01(\t\x12\x0c\n\x04role\x18\x04 \x01(\t\x12\x19\n\x11model_fingerprint\x18\x05 \x01(\t\x12\x0b\n\x03pid\x18\x06 \x01(\r\"\xb4\x02\n\x0bWorkerStats\x12\x13\n\x0bnum_running\x18\x01 \x01(\r\x12\x13\n\x0bnum_waiting\x18\x02 \x01(\r\x12\x12\n\nnum_blocks\x18\x03 \x01(\r\x12\x17\n\x0fnum_free_blocks\x18\x04 \x01(\r\x12\x19\n\x11num_cached_blocks\x18\x05 \x01(\r\x12\x17\n\x0fnum_held_blocks\x18\x06 \x01(\r\x12\x19\n\x11num_leased_blocks\x18\x07 \x01(\r\x12\x17\n\x0fledger_balanced\x18\x08 \x01(\x08\x12\"\n\x1anum_pending_prefill_tokens\x18\t \x01(\r\x12\x1b\n\x13prefill_s_per_token\x18\n \x01(\x01\x12\x12\n\nwarm_links\x18\x0b \x03(\t\x12\x11\n\tnum_steps\x18\x0c \x01(\x04\"\xcc\x01\n\x0bWorkerFrame\x12\'\n\x05hello\x18\x01 \x01(\x0b\x32\x18.twinring.v1.WorkerHello\x12\x11\n\theartbeat\x18\x02 \x01(\x04\x12)\n\x07outputs\x18\x03 \x03(\x0b\x32\x18.twinring.v1.TokenOutput\x12-\n\x08refusals\x18\x04 \x03(\x0b\x32\x1b.twinring.v1.HandoffRefused\x12\'\n\x05stats\x18\x05 \x01(\x0b\x32\x18.twinring.v1.WorkerStats2K\n\x06Worker\x12\x41\n\x07\x43onnect\x12\x18.twinring.v1.RouterFrame\x1a\x18.twinring.v1.WorkerFrame(\x01\x30\x01\x32\x45\n\x04Peer\x12=\n\x07\x43ontrol\x12\x16.twinring.v1.PeerFrame\x1a\x16.twinring.v1.PeerFrame(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'protos.worker_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
+  _globals['_WORKERSAMPLINGPARAMS_LOGITBIASENTRY']._loaded_options = None
+  _globals['_WORKERSAMPLINGPARAMS_LOGITBIASENTRY']._serialized_options = b'8\001'
   _globals['_PEERFRAME']._serialized_start=36
   _globals['_PEERFRAME']._serialized_end=61
   _globals['_PEERREF']._serialized_start=63
@@ -38,33 +40,37 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_HANDOFFREF']._serialized_start=145
   _globals['_HANDOFFREF']._serialized_end=214
   _globals['_WORKERSAMPLINGPARAMS']._serialized_start=217
-  _globals['_WORKERSAMPLINGPARAMS']._serialized_end=348
-  _globals['_SUBMIT']._serialized_start=351
-  _globals['_SUBMIT']._serialized_end=785
-  _globals['_ABORT']._serialized_start=787
-  _globals['_ABORT']._serialized_end=831
-  _globals['_RETARGET']._serialized_start=833
-  _globals['_RETARGET']._serialized_end=925
-  _globals['_ROUTERHELLO']._serialized_start=927
-  _globals['_ROUTERHELLO']._serialized_end=1041
-  _globals['_MEMBERSHIP']._serialized_start=1043
-  _globals['_MEMBERSHIP']._serialized_end=1111
-  _globals['_ROUTERFRAME']._serialized_start=1114
-  _globals['_ROUTERFRAME']._serialized_end=1348
-  _globals['_WORKERACCOUNT']._serialized_start=1351
-  _globals['_WORKERACCOUNT']._serialized_end=1585
-  _globals['_TOKENOUTPUT']._serialized_start=1588
-  _globals['_TOKENOUTPUT']._serialized_end=1755
-  _globals['_HANDOFFREFUSED']._serialized_start=1757
-  _globals['_HANDOFFREFUSED']._serialized_end=1826
-  _globals['_WORKERHELLO']._serialized_start=1829
-  _globals['_WORKERHELLO']._serialized_end=1962
-  _globals['_WORKERSTATS']._serialized_start=1965
-  _globals['_WORKERSTATS']._serialized_end=2273
-  _globals['_WORKERFRAME']._serialized_start=2276
-  _globals['_WORKERFRAME']._serialized_end=2480
-  _globals['_WORKER']._serialized_start=2482
-  _globals['_WORKER']._serialized_end=2557
-  _globals['_PEER']._serialized_start=2559
-  _globals['_PEER']._serialized_end=2628
+  _globals['_WORKERSAMPLINGPARAMS']._serialized_end=628
+  _globals['_WORKERSAMPLINGPARAMS_LOGITBIASENTRY']._serialized_start=563
+  _globals['_WORKERSAMPLINGPARAMS_LOGITBIASENTRY']._serialized_end=611
+  _globals['_LOGPROBS']._serialized_start=630
+  _globals['_LOGPROBS']._serialized_end=702
+  _globals['_SUBMIT']._serialized_start=705
+  _globals['_SUBMIT']._serialized_end=1139
+  _globals['_ABORT']._serialized_start=1141
+  _globals['_ABORT']._serialized_end=1185
+  _globals['_RETARGET']._serialized_start=1187
+  _globals['_RETARGET']._serialized_end=1279
+  _globals['_ROUTERHELLO']._serialized_start=1281
+  _globals['_ROUTERHELLO']._serialized_end=1395
+  _globals['_MEMBERSHIP']._serialized_start=1397
+  _globals['_MEMBERSHIP']._serialized_end=1465
+  _globals['_ROUTERFRAME']._serialized_start=1468
+  _globals['_ROUTERFRAME']._serialized_end=1702
+  _globals['_WORKERACCOUNT']._serialized_start=1705
+  _globals['_WORKERACCOUNT']._serialized_end=1939
+  _globals['_TOKENOUTPUT']._serialized_start=1942
+  _globals['_TOKENOUTPUT']._serialized_end=2150
+  _globals['_HANDOFFREFUSED']._serialized_start=2152
+  _globals['_HANDOFFREFUSED']._serialized_end=2221
+  _globals['_WORKERHELLO']._serialized_start=2224
+  _globals['_WORKERHELLO']._serialized_end=2357
+  _globals['_WORKERSTATS']._serialized_start=2360
+  _globals['_WORKERSTATS']._serialized_end=2668
+  _globals['_WORKERFRAME']._serialized_start=2671
+  _globals['_WORKERFRAME']._serialized_end=2875
+  _globals['_WORKER']._serialized_start=2877
+  _globals['_WORKER']._serialized_end=2952
+  _globals['_PEER']._serialized_start=2954
+  _globals['_PEER']._serialized_end=3023
 # @@protoc_insertion_point(module_scope)

@@ -18,9 +18,8 @@ ARROWS: dict[str, set[str]] = {
     "router": {"protos"},
     "prefill_worker": {"engine", "kvtransfer", "protos"},
     "decode_worker": {"engine", "kvtransfer", "protos"},
-    "simulator": {"router", "prefill_worker", "decode_worker", "engine", "kvtransfer", "protos"},
-    "cluster": {"router", "prefill_worker", "decode_worker", "engine", "kvtransfer", "protos", "simulator"},
-    "bench": {"router", "prefill_worker", "decode_worker", "engine", "kvtransfer", "protos", "simulator", "cluster"},
+    "cluster": {"router", "prefill_worker", "decode_worker", "engine", "kvtransfer", "protos"},
+    "bench": {"router", "prefill_worker", "decode_worker", "engine", "kvtransfer", "protos", "cluster"},
 }
 
 # A module is pure unless it is named here. Shells do input and output, keep time, or hold tensors; a pure module gets
@@ -134,13 +133,6 @@ def test_pure_modules_are_pure(name: str) -> None:
 def test_shells_are_shells(name: str) -> None:
     assert name in MODULES, f"no module {name}: strike it from SHELLS"
     assert impurities_of(name), f"{name} is pure: strike it from SHELLS"
-
-
-@pytest.mark.parametrize("name", sorted(name for name in MODULES if name.startswith("simulator.")))
-def test_simulator_takes_only_pure_modules(name: str) -> None:
-    ours = {our_module(imported) for imported in imports_of(name)}
-    shells = {module for module in ours & SHELL_MODULES if module and not module.startswith("simulator.")}
-    assert not shells, f"{name} imports {shells}"
 
 
 def test_package_files_are_empty() -> None:

@@ -158,7 +158,7 @@ async def test_the_ray_head_is_not_on_the_token_path(model: Path, tmp_path: Path
 async def test_transferred_blocks_are_verified_and_used(model: Path, tmp_path: Path, checksum: str) -> None:
     """A byte flipped on the way: caught and recomputed with verification on; with it off, the output changes, which
     proves that what was transferred is what is decoded from."""
-    flip = ("transfer.failpoint=flip_received_byte", f"transfer.checksum={checksum}")
+    flip = ("transfer.failpoint=flip_received_bytes", f"transfer.checksum={checksum}")
     one = request(PROMPT, 40, ignore_eos=True)
     with serving(tmp_path, "--model", str(model), "--mode", "colocated", settings=PATIENT) as server:
         expected = await answer_of(server, one)

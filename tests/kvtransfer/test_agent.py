@@ -253,7 +253,7 @@ async def test_without_checksum_flipped_bytes_reach_the_pool() -> None:
 
 
 async def _move_flipped(checksum: str) -> tuple[list[str], bool]:
-    config = TransferConfig(checksum=checksum, failpoint="flip_received_byte")  # type: ignore[arg-type]
+    config = TransferConfig(checksum=checksum, failpoint="flip_received_bytes")  # type: ignore[arg-type]
     source = await Worker(Role.PREFILL, "p0", config, seed=1).start()
     destination = await Worker(Role.DECODE, "d0", config).start()
     membership(1, source, destination)

@@ -15,6 +15,7 @@ from protos.types import (
     GenerateRequest,
     Handoff,
     HandoffRefused,
+    Logprobs,
     PeerRef,
     Retarget,
     Role,
@@ -37,7 +38,9 @@ def a_request(**changes: object) -> GenerateRequest:
         "attempt": 2,
         "token_ids": array("i", [5, 6, 7, 2**31 - 1]),
         "num_prompt_tokens": 3,
-        "sampling_params": SamplingParams(0.5, 1.0, 40, -3, 16, (2, 9)),
+        "sampling_params": SamplingParams(
+            0.5, 1.0, 40, -3, 16, (2, 9), 0.25, 1.5, -0.5, 2.0, ((3, -100.0), (7, 0.5)), 4, 0
+        ),
         "tenant": "acme",
         "cache_salt": b"\x00salt",
         "priority": -1,
@@ -83,7 +86,7 @@ def test_report_survives_the_wire() -> None:
     report = WorkerReport(
         heartbeat=3,
         outputs=(
-            TokenOutput("r1", 1, 7, (1, 2)),
+            TokenOutput("r1", 1, 7, (1, 2), logprobs=(Logprobs(-0.5), Logprobs(-1.5, (4, 2), (-0.25, -1.5)))),
             TokenOutput("r2", 1, 0, (), FinishReason.ERROR, account, "why"),
         ),
         refusals=(HandoffRefused("r1", 1, "no room"),),
