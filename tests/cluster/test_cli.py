@@ -56,7 +56,7 @@ def test_generate_status_and_stop(tmp_path: Path) -> None:
         assert "disaggregated" in answer.stderr
         status = json.loads(twinring("status", "--json", "--address", server.address).stdout)
         assert status["ready"] is True
-        assert [worker["worker_id"] for worker in status["workers"]] == ["decode-0", "prefill-0"]
+        assert {worker["worker_id"] for worker in status["workers"]} == {"decode-0", "prefill-0"}
         assert "prefill-0" in twinring("status", "--address", server.address).stdout
         refused = twinring("generate", "", "--address", server.address)
         assert refused.returncode == 1
@@ -100,8 +100,10 @@ def is_running(process: psutil.Process) -> bool:
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_every_listener_is_on_loopback(tmp_path: Path) -> None:
+def test_every_listener_is_on_loopback_and_ray_asks_for_its_token(tmp_path: Path) -> None:
     with serving(tmp_path, settings=PATIENT) as server:
+        servers = [process for process in server.family() if process.name() in ("gcs_server", "raylet")]
+        assert [process.environ()["RAY_AUTH_MODE"] for process in servers] == ["token", "token"]
         hosts = {connection.laddr.ip for process in server.family() for connection in listening(process)}
     assert hosts <= {"127.0.0.1", "::ffff:127.0.0.1", "::1"}, hosts
 
