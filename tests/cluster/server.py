@@ -13,6 +13,7 @@ from typing import TypeVar
 import psutil
 
 from cluster.client import Client
+from cluster.client_types import Status
 from cluster.run_state import running_servers
 from protos import inference_pb2 as pb
 
@@ -47,7 +48,7 @@ class Server:
     def client(self) -> Client:
         return Client(self.address)
 
-    def status(self) -> pb.GetStatusResponse:
+    def status(self) -> Status:
         with self.client() as client:
             return client.status()
 

@@ -113,20 +113,26 @@ async def test_a_stopped_worker_is_fenced_and_replaced(model: Path, tmp_path: Pa
     """SIGSTOP, then SIGCONT: the router gives it up after the lease, and the woken worker ends itself."""
     settings = ("engine.max_num_batched_tokens=64", "lease.lease_s=1.5")
     with serving(tmp_path, "--model", str(model), "--prefill", "1", "--decode", "2", settings=settings) as server:
-        one = request(PROMPT, NUM_TOKENS, ignore_eos=True)
+        one = request(PROMPT, 3 * NUM_TOKENS, ignore_eos=True)
         expected = await answer_of(server, one)
-        victim = expected.placement.decode_worker
-        pid = server.worker_pid(victim)
-        started = asyncio.Event()
+        assert_clean(server)  # so that whoever runs something below runs the stream
         async with grpc.aio.insecure_channel(server.address) as channel:
-            stream = asyncio.create_task(generate(channel, one, on_chunk=lambda answer: started.set()))
-            await started.wait()
+            stream = asyncio.create_task(generate(channel, one))
+            victim = await asyncio.to_thread(eventually, lambda: decoding_worker(server), 10.0)
+            pid = server.worker_pid(victim)
             os.kill(pid, signal.SIGSTOP)
             answer = await stream
         assert answer.token_ids == expected.token_ids
-        if eventually(lambda: _signal(pid, signal.SIGCONT), 1.0):
+        assert answer.placement.attempts == 2
+        assert any("lost" in event.message and victim in event.message for event in server.status().events)
+        if _signal(pid, signal.SIGCONT):
             assert eventually(lambda: not _signal(pid, 0), 5.0), "a fenced worker went on"
         wait_for_whole_pool(server, 3)
+
+
+def decoding_worker(server: Server) -> str:
+    running = (load.worker_id for load in server.status().workers if load.role == "decode" and load.num_running)
+    return next(running, "")
 
 
 def _signal(pid: int, number: int) -> bool:
