@@ -39,7 +39,6 @@ STREAMS = (1, 8, 32)
 NUM_BLOCKS = 256
 MAX_NUM_BATCHED_TOKENS = 512  # of a step, here and in continuous batching
 VOCAB_SIZE = 4096
-GREEDY = SamplingParams(temperature=0.0, top_p=1.0, top_k=0, seed=0, max_tokens=NUM_NEW_TOKENS)
 
 Generate = Callable[[list[list[int]]], object]
 
@@ -112,10 +111,12 @@ def make_prompts(num_streams: int) -> list[list[int]]:
 # --- the engines --------------------------------------------------------------------------------------------------
 
 
-def twinring_engine(loaded: LoadedModel) -> Generate:
+def twinring_engine(
+    loaded: LoadedModel, num_new_tokens: int = NUM_NEW_TOKENS, max_num_batched_tokens: int = MAX_NUM_BATCHED_TOKENS
+) -> Generate:
     config = SchedulerConfig(
         max_model_len=loaded.facts.max_model_len,
-        max_num_batched_tokens=MAX_NUM_BATCHED_TOKENS,
+        max_num_batched_tokens=max_num_batched_tokens,
         enable_prefix_caching=False,
     )
     layout = loaded.facts.kv_layout(loaded.dtype, config.block_size, config.hash_block_size)
@@ -123,32 +124,32 @@ def twinring_engine(loaded: LoadedModel) -> Generate:
 
     def generate(prompts: list[list[int]]) -> object:
         core = WorkerCore(config, NUM_BLOCKS, hash_key=bytes(32), model_fingerprint=loaded.facts.fingerprint)
-        requests = [make_request(str(index), prompt) for index, prompt in enumerate(prompts)]
+        requests = [make_request(str(index), prompt, num_new_tokens) for index, prompt in enumerate(prompts)]
         outputs = LocalEngine(core, runner).generate(requests)
-        assert all(len(tokens) == NUM_NEW_TOKENS for tokens in outputs.values())
+        assert all(len(tokens) == num_new_tokens for tokens in outputs.values())
         return outputs
 
     return generate
 
 
-def make_request(request_id: str, prompt: list[int]) -> GenerateRequest:
+def make_request(request_id: str, prompt: list[int], num_new_tokens: int) -> GenerateRequest:
     return GenerateRequest(
         request_id=request_id,
         client_request_id=request_id,
         attempt=1,
         token_ids=array("i", prompt),
         num_prompt_tokens=len(prompt),
-        sampling_params=GREEDY,
+        sampling_params=SamplingParams(temperature=0.0, top_p=1.0, top_k=0, seed=0, max_tokens=num_new_tokens),
     )
 
 
-def load_plain(folder: str | Path) -> PreTrainedModel:
-    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa")
+def load_plain(folder: str | Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa")
     plain: PreTrainedModel = model.eval()
     return plain
 
 
-def padded_generate(model: Any) -> Generate:
+def padded_generate(model: Any, num_new_tokens: int = NUM_NEW_TOKENS) -> Generate:
     """All prompts as one batch, padded on the left to the longest."""
 
     def generate(prompts: list[list[int]]) -> object:
@@ -157,9 +158,9 @@ def padded_generate(model: Any) -> Generate:
         mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
         with torch.inference_mode():
             tokens = model.generate(
-                input_ids, attention_mask=mask, do_sample=False, max_new_tokens=NUM_NEW_TOKENS, pad_token_id=0
+                input_ids, attention_mask=mask, do_sample=False, max_new_tokens=num_new_tokens, pad_token_id=0
             )
-        assert tokens.shape[1] == width + NUM_NEW_TOKENS
+        assert tokens.shape[1] == width + num_new_tokens
         return tokens
 
     return generate

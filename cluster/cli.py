@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import json as json_format
 import os
 import signal
 import sys
 import time
+from dataclasses import asdict
 from importlib.metadata import version
 from typing import Annotated
 
-import grpc
 import typer
-from google.protobuf.json_format import MessageToJson
 from rich.console import Console
 
 from cluster import show
-from cluster.client import Client, Sampling, text_of
+from cluster.client import Client
+from cluster.client_types import CallFailed, Message, Prompt, Sampling
 from cluster.config import load_config
 from cluster.run_state import is_alive, running_servers
 
@@ -29,6 +30,7 @@ console = Console(stderr=True)
 
 STOP_TIMEOUT_S = 20.0
 
+Chat = Annotated[bool, typer.Option("--chat", help="Send it as a user's message, by the model's chat template.")]
 Address = Annotated[str | None, typer.Option(help="host:port of a server; default: the one running on this machine.")]
 
 
@@ -54,7 +56,7 @@ def root(
 
 @app.command()
 def serve(
-    model: Annotated[str | None, typer.Option(help="Folder of a checkpoint. Default: the demo model.")] = None,
+    model: Annotated[str | None, typer.Option(help="Folder, or Hugging Face id. Default: the demo model.")] = None,
     prefill: Annotated[int | None, typer.Option(help="Number of prefill workers.")] = None,
     decode: Annotated[int | None, typer.Option(help="Number of decode workers.")] = None,
     mode: Annotated[str | None, typer.Option(help="disaggregated or colocated.")] = None,
@@ -101,6 +103,7 @@ def parse_setting(setting: str) -> tuple[str, object]:
 def generate(
     prompt: str,
     address: Address = None,
+    chat: Chat = False,
     max_tokens: Annotated[int | None, typer.Option()] = 128,
     temperature: Annotated[float | None, typer.Option()] = None,
     top_p: Annotated[float | None, typer.Option()] = None,
@@ -112,13 +115,40 @@ def generate(
     sampling = Sampling(max_tokens, temperature, top_p, top_k, seed, tuple(stop or ()))
     with client_of(address) as client:
         try:
-            for response in client.generate(prompt, sampling):
-                print(text_of(response), end="", flush=True)
-                if response.HasField("complete"):
+            for chunk in client.stream(as_prompt(prompt, chat), sampling):
+                print(chunk.text, end="", flush=True)
+                if chunk.completion is not None:
                     print()
-                    console.print(show.account_line(response.complete), style="dim", highlight=False, markup=False)
-        except grpc.RpcError as error:
-            raise fail(f"{error.code().name}: {error.details()}") from error
+                    console.print(show.account_line(chunk.completion), style="dim", highlight=False, markup=False)
+        except CallFailed as error:
+            raise fail(str(error)) from error
+
+
+def as_prompt(text: str, is_chat: bool) -> Prompt:
+    return [Message("user", text)] if is_chat else text
+
+
+@app.command()
+def explain(
+    prompt: str,
+    address: Address = None,
+    chat: Chat = False,
+    json: Annotated[bool, typer.Option("--json")] = False,
+) -> None:
+    """Show where a prompt would be served now, and why. Runs nothing."""
+    with client_of(address) as client:
+        try:
+            route = client.explain_route(as_prompt(prompt, chat))
+        except CallFailed as error:
+            raise fail(str(error)) from error
+    if json:
+        print(json_format.dumps(asdict(route)))
+        return
+    out = Console()
+    for table in show.route_tables(route):
+        out.print(table)
+    out.print(f"prefill on {route.prefill_worker or 'none'}: {route.prefill_reason}", markup=False)
+    out.print(f"decode on {route.decode_worker or route.prefill_worker or 'none'}: {route.decode_reason}", markup=False)
 
 
 @app.command()
@@ -127,10 +157,10 @@ def status(address: Address = None, json: Annotated[bool, typer.Option("--json")
     with client_of(address) as client:
         try:
             answer = client.status()
-        except grpc.RpcError as error:
-            raise fail(f"{client.address}: {error.code().name}: {error.details()}") from error
+        except CallFailed as error:
+            raise fail(f"{client.address}: {error}") from error
     if json:
-        print(MessageToJson(answer, preserving_proto_field_name=True, always_print_fields_with_no_presence=True))
+        print(json_format.dumps(asdict(answer)))
         return
     out = Console()
     out.print(f"{client.address}: {answer.message}; {answer.mode}, model {answer.model}, version {answer.version}")

@@ -45,6 +45,7 @@ class ServeConfig:
     num_prefill: int = 1
     num_decode: int = 1
     replace_dead_workers: bool = True
+    hub_cache: str | None = None  # folder of the Hugging Face cache; None: as HF_HUB_CACHE and HF_HOME say
     worker_bind_host: str = "127.0.0.1"
     engine: EngineConfig = dataclasses.field(default_factory=lambda: EngineConfig(model=DEMO_MODEL))
     lease: LeaseConfig = dataclasses.field(default_factory=LeaseConfig)

@@ -12,9 +12,9 @@ from rich.console import Console
 from rich.table import Table
 
 from cluster import show
-from cluster.client import Client, Sampling, text_of
+from cluster.client import Client
+from cluster.client_types import Completion, Sampling
 from cluster.run_state import running_servers
-from protos import inference_pb2 as pb
 
 LICENCE = (
     "Everyone is permitted to copy and distribute verbatim copies of this license document, but changing it is not "
@@ -45,8 +45,9 @@ def main() -> int:
         console.print(account_table(rows))
         for name, complete in rows:
             placement = complete.placement
-            mode = show.MODES.get(placement.mode, "unknown mode")
-            console.print(f"[bold]{name}[/bold]: {mode}; {placement.prefill_reason}; {placement.decode_reason}")
+            console.print(
+                f"[bold]{name}[/bold]: {show.mode_of(placement)}; {placement.prefill_reason}; {placement.decode_reason}"
+            )
     finally:
         server.send_signal(signal.SIGTERM)
         server.wait(STOP_TIMEOUT_S)
@@ -66,20 +67,20 @@ def wait_for(server: subprocess.Popen[bytes]) -> str:
     raise SystemExit(f"the server was not ready after {START_TIMEOUT_S:g} s")
 
 
-def ask(console: Console, client: Client, name: str, prompt: str, started_at: float) -> tuple[str, pb.GenerateComplete]:
+def ask(console: Console, client: Client, name: str, prompt: str, started_at: float) -> tuple[str, Completion]:
     shown = prompt if len(prompt) < 200 else f"{prompt[:80]} [...{len(prompt) - 160} characters...] {prompt[-80:]}"
     console.print(
         f"\n[bold]{name}[/bold] [dim]({time.monotonic() - started_at:.1f} s)[/dim]\n{shown}", end="", markup=True
     )
-    for response in client.generate(prompt, SAMPLING, timeout_s=60):
-        console.print(text_of(response), end="", style="cyan", markup=False, soft_wrap=True)
-        if response.HasField("complete"):
+    for chunk in client.stream(prompt, SAMPLING, timeout_s=60):
+        console.print(chunk.text, end="", style="cyan", markup=False, soft_wrap=True)
+        if chunk.completion is not None:
             console.print()
-            return name, response.complete
+            return name, chunk.completion
     raise SystemExit(f"the stream of {name!r} ended without an account")
 
 
-def account_table(rows: list[tuple[str, pb.GenerateComplete]]) -> Table:
+def account_table(rows: list[tuple[str, Completion]]) -> Table:
     """Times in milliseconds; fits 80 columns."""
     table = Table("prompt", "prefill", "decode", title="What happened")
     for column in ("TTFT", "TPOT", "cached", "KV KiB", "KV ms"):

@@ -4,6 +4,7 @@ out."""
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import logging
 import os
 import secrets
@@ -17,6 +18,7 @@ from typing import Any
 from transformers import AutoTokenizer
 
 from cluster.config import ServeConfig
+from cluster.model_folder import model_folder, model_name
 from cluster.ray_cluster import ray_cluster
 from cluster.run_state import RunState, announced
 from cluster.supervisor import Progress, Supervisor, worker_slots
@@ -40,7 +42,7 @@ def run(config: ServeConfig, on_progress: Progress, log_level: str) -> None:
     """Serve until SIGINT or SIGTERM. ValueError or OSError where the model, the address or Ray is not fit to serve.
 
     Ray comes first: it forks, which a process with gRPC threads must not do."""
-    facts = read_model_facts(config.engine.model)
+    facts = read_model_facts(model_folder(config.engine.model, config.hub_cache))
     _require_free(config.router.listen)
     signal.signal(signal.SIGTERM, _exit)  # until the event loop has handlers of its own
     on_progress("ray", "starting" if config.ray.address is None else f"joining {config.ray.address}")
@@ -58,7 +60,7 @@ async def _serve(config: ServeConfig, facts: ModelFacts, on_progress: Progress, 
         served_model(config, facts, hash_key),
         lambda ref, reason: supervisor.on_worker_lost(ref, reason),
     )
-    supervisor = Supervisor(config, hash_key, router, on_progress, log_level)
+    supervisor = Supervisor(with_folder(config, facts), hash_key, router, on_progress, log_level)
     address = _with_port(config.router.listen, await router.start())
     try:
         await _until_ready(config, router, supervisor, stop, on_progress)
@@ -71,6 +73,11 @@ async def _serve(config: ServeConfig, facts: ModelFacts, on_progress: Progress, 
         on_progress("router", "stopping")
         await router.stop(ROUTER_GRACE_S)
         await supervisor.stop()
+
+
+def with_folder(config: ServeConfig, facts: ModelFacts) -> ServeConfig:
+    """As the workers get it: they load from a folder, whatever name the model goes by."""
+    return dataclasses.replace(config, engine=dataclasses.replace(config.engine, model=str(facts.path)))
 
 
 def _exit(number: int, frame: FrameType | None) -> None:
@@ -118,10 +125,10 @@ def served_model(config: ServeConfig, facts: ModelFacts, hash_key: bytes) -> Ser
     """What the front door must know to validate, tokenize and hash."""
     engine = config.engine
     return ServedModel(
-        name=os.path.basename(os.path.normpath(engine.model)),
+        name=model_name(engine.model),
         architecture=facts.architecture,
         dtype=engine.dtype,
-        tokenizer=AutoTokenizer.from_pretrained(engine.model, local_files_only=True, trust_remote_code=False),
+        tokenizer=AutoTokenizer.from_pretrained(facts.path, local_files_only=True, trust_remote_code=False),
         vocab_size=facts.vocab_size,
         max_model_len=min(engine.max_model_len or facts.max_model_len, facts.max_model_len),
         eos_token_ids=facts.eos_token_ids,

@@ -7,13 +7,7 @@ import time
 from rich.console import Console
 from rich.table import Table
 
-from protos import inference_pb2 as pb
-
-MODES = {
-    pb.SERVING_MODE_DISAGGREGATED: "disaggregated",
-    pb.SERVING_MODE_LOCAL: "local",
-    pb.SERVING_MODE_RECOMPUTED: "recomputed",
-}
+from cluster.client_types import Completion, Placement, Route, RouteCandidate, Status
 
 
 class ProgressLines:
@@ -32,7 +26,7 @@ class ProgressLines:
             )
 
 
-def account_line(complete: pb.GenerateComplete) -> str:
+def account_line(complete: Completion) -> str:
     """What happened to one request, in one line."""
     placement = complete.placement
     moved = f"{placement.kv_bytes_moved / 1024:,.0f} KiB in {placement.transfer_s * 1e3:.1f} ms"
@@ -44,12 +38,39 @@ def account_line(complete: pb.GenerateComplete) -> str:
     return (
         f"{complete.completion_tokens} tokens, "
         f"TTFT {placement.ttft_s * 1e3:.1f} ms, TPOT {placement.tpot_s * 1e3:.2f} ms, "
-        f"cached {complete.cached_tokens}/{complete.prompt_tokens}, {MODES.get(placement.mode, 'unknown mode')}, "
+        f"cached {complete.cached_tokens}/{complete.prompt_tokens}, {mode_of(placement)}, "
         f"{workers}, KV moved {moved}"
     )
 
 
-def status_tables(status: pb.GetStatusResponse) -> list[Table]:
+def mode_of(placement: Placement) -> str:
+    return placement.mode.value if placement.mode else "no worker had it"
+
+
+def route_tables(route: Route) -> list[Table]:
+    """The chosen candidates are marked."""
+    return [
+        _candidates("prefill", route.prefill_candidates, route.prefill_worker),
+        _candidates("decode", route.decode_candidates, route.decode_worker),
+    ]
+
+
+def _candidates(title: str, candidates: tuple[RouteCandidate, ...], chosen: str) -> Table:
+    table = Table("", title, "home", "cached", "pending", "TTFT s", "free blocks")
+    for one in candidates:
+        table.add_row(
+            "->" if one.worker_id == chosen else "",
+            one.worker_id,
+            "yes" if one.is_home else "",
+            str(one.num_cached_tokens),
+            str(one.num_pending_tokens),
+            f"{one.ttft_estimate_s:.3f}",
+            str(one.num_free_blocks),
+        )
+    return table
+
+
+def status_tables(status: Status) -> list[Table]:
     """Blocks are KV blocks; roles and addresses are in --json."""
     workers = Table("worker", "state", "running", "waiting", "blocks", "free", "cached", "held", "leased", "ledger")
     for load in status.workers:

@@ -35,6 +35,7 @@ def paged_attention(
     kv_meta: KVMeta,
     scaling: float,
     sliding_window: int | None = None,
+    softcap: float | None = None,
     **_kwargs: object,
 ) -> tuple[torch.Tensor, None]:
     """query: [1, num_heads, num_rows, head_dim]; key, value: [1, num_kv_heads, num_rows, head_dim].
@@ -42,10 +43,13 @@ def paged_attention(
     assert attention_mask is None
     layer = module.layer_idx
     assert isinstance(layer, int)
-    kv_meta.kv_cache.write(layer, key[0].transpose(0, 1), value[0].transpose(0, 1), kv_meta.step.slot_mapping)
+    new_keys, new_values = (new[0].transpose(0, 1).to(kv_meta.kv_cache.tensor.dtype) for new in (key, value))
+    kv_meta.kv_cache.write(layer, new_keys, new_values, kv_meta.step.slot_mapping)
     rows = query[0].transpose(0, 1)  # [num_rows, num_heads, head_dim]
     attended = [
-        _attend(rows[g.first_row : g.first_row + g.num_rows], layer, g, kv_meta.kv_cache, scaling, sliding_window)
+        _attend(
+            rows[g.first_row : g.first_row + g.num_rows], layer, g, kv_meta.kv_cache, scaling, sliding_window, softcap
+        )
         for g in kv_meta.step.groups
     ]
     return (attended[0] if len(attended) == 1 else torch.cat(attended)).unsqueeze(0), None
@@ -58,28 +62,46 @@ def _attend(
     kv_cache: PagedKVCache,
     scaling: float,
     sliding_window: int | None,
+    softcap: float | None,
 ) -> torch.Tensor:
     """Rows of one group, [num_rows, num_heads, head_dim], attended."""
     num_kv_heads, head_dim = kv_cache.layout.num_kv_heads, kv_cache.layout.head_dim
     keys, values = kv_cache.read(layer, group.kv_rows)
-    keys = keys.view(group.num_requests, num_kv_heads, group.kv_len, head_dim)
-    values = values.view(keys.shape)
+    # Rows may be wider than the cache: half_weights.py.
+    keys = keys.to(rows.dtype).view(group.num_requests, num_kv_heads, group.kv_len, head_dim)
+    values = values.to(rows.dtype).view(keys.shape)
     if group.query_len == 1:
         # The query heads that share a KV head become queries of that head: it is read once for all of them.
         queries = rows.reshape(group.num_requests, num_kv_heads, -1, head_dim)
     else:
         queries = rows.view(group.num_requests, group.query_len, -1, head_dim).transpose(1, 2)
-    causal = group.is_causal(sliding_window)
-    out = functional.scaled_dot_product_attention(
-        queries,
-        keys,
-        values,
-        attn_mask=None if causal else group.mask(sliding_window, rows.dtype),
-        is_causal=causal,
-        scale=scaling,
-        enable_gqa=True,
-    )
+    if softcap is not None:
+        out = _soft_capped(queries, keys, values, group.mask(sliding_window, queries.dtype), scaling, softcap)
+    else:
+        causal = group.is_causal(sliding_window)
+        out = functional.scaled_dot_product_attention(
+            queries,
+            keys,
+            values,
+            attn_mask=None if causal else group.mask(sliding_window, queries.dtype),
+            is_causal=causal,
+            scale=scaling,
+            enable_gqa=True,
+        )
     return (out if group.query_len == 1 else out.transpose(1, 2)).reshape(rows.shape)
+
+
+def _soft_capped(
+    queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor, scaling: float, softcap: float
+) -> torch.Tensor:
+    """Attention whose scores stay within (-softcap, softcap), as Gemma 2 has it; torch has no fused kernel for that.
+
+    queries: [num_requests, num_heads, query_len, head_dim]; mask: [num_requests, 1, query_len, kv_len]."""
+    shared = queries.reshape(*keys.shape[:2], -1, *queries.shape[2:])  # the query heads of one KV head together
+    scores = shared @ keys.unsqueeze(2).transpose(-1, -2) * scaling
+    scores = torch.tanh(scores / softcap) * softcap + mask.unsqueeze(2)
+    weights = scores.softmax(-1, dtype=torch.float32).to(values.dtype)
+    return (weights @ values.unsqueeze(2)).flatten(1, 2)
 
 
 ALL_ATTENTION_FUNCTIONS.register(ATTENTION_NAME, paged_attention)

@@ -16,7 +16,18 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from protos.types import KVLayout
 
-SUPPORTED_ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
+# Each has golden tests against transformers: tests/engine/test_model_families.py.
+SUPPORTED_ARCHITECTURES = (
+    "LlamaForCausalLM",
+    "MistralForCausalLM",
+    "Qwen2ForCausalLM",
+    "Qwen3ForCausalLM",
+    "GemmaForCausalLM",
+    "Gemma2ForCausalLM",
+    "Gemma3ForCausalLM",
+    "PhiForCausalLM",
+    "Phi3ForCausalLM",
+)
 # Of these, the rotation of a token depends on its position alone; dynamic and longrope also ask for the batch's length.
 SUPPORTED_ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 ITEMSIZES = {"float32": 4, "bfloat16": 2, "float16": 2}  # bytes
@@ -72,9 +83,9 @@ def read_model_facts(path: str | Path) -> ModelFacts:
     raw = _read_config(folder)
     _refuse_unsupported(folder, raw)
     config = _parse_config(folder)
-    rope_type = (config.rope_parameters or {}).get("rope_type", "default")
-    if rope_type not in SUPPORTED_ROPE_TYPES:
-        raise ModelLoadError(folder, f"rope type {rope_type!r} is not supported")
+    for rope_type in _rope_types(config.rope_parameters or {}):
+        if rope_type not in SUPPORTED_ROPE_TYPES:
+            raise ModelLoadError(folder, f"rope type {rope_type!r} is not supported")
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return ModelFacts(
         path=folder,
@@ -95,6 +106,8 @@ def read_model_facts(path: str | Path) -> ModelFacts:
 def _read_config(folder: Path) -> dict[str, Any]:
     if not folder.is_dir():
         raise ModelLoadError(folder, "no such folder")
+    if (folder / "adapter_config.json").exists():
+        raise ModelLoadError(folder, "it is an adapter (adapter_config.json): merge it into its base model first")
     config = _read_json(folder, "config.json")
     if config is None:
         raise ModelLoadError(folder, "no config.json")
@@ -125,6 +138,8 @@ def _refuse_unsupported(folder: Path, raw: dict[str, Any]) -> None:
         raise ModelLoadError(folder, "it brings code of its own (auto_map), which is never run")
     if "quantization_config" in raw:
         raise ModelLoadError(folder, "quantized checkpoints are not supported")
+    if raw.get("use_bidirectional_attention"):
+        raise ModelLoadError(folder, "use_bidirectional_attention: such a model does not generate text")
 
 
 def _parse_config(folder: Path) -> PreTrainedConfig:
@@ -134,6 +149,12 @@ def _parse_config(folder: Path) -> PreTrainedConfig:
     except (StrictDataclassError, OSError, ValueError, TypeError, KeyError, ZeroDivisionError) as error:
         raise ModelLoadError(folder, f"config.json is not usable: {error}") from error
     return config
+
+
+def _rope_types(parameters: dict[str, Any]) -> set[str]:
+    """Gemma 3 has parameters for every type of layer, the others one set for all."""
+    nested = [value for value in parameters.values() if isinstance(value, dict)]
+    return {each.get("rope_type", "default") for each in nested or [parameters]}
 
 
 def _eos_token_ids(folder: Path, config: PreTrainedConfig) -> tuple[int, ...]:

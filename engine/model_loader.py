@@ -9,8 +9,11 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.utils import logging as transformers_logging
 
 from engine.attention import ATTENTION_NAME
+from engine.fused_modules import fuse
+from engine.half_weights import keep_half_weights, multiplies_natively
 from engine.model_facts import ModelFacts, ModelLoadError, read_model_facts
 from engine.paged_kv_cache import torch_dtype
 
@@ -27,10 +30,16 @@ class LoadedModel:
     device: torch.device
 
 
-def load_model(path: str | Path, dtype: str = "float32", device: str | torch.device = "cpu") -> LoadedModel:
-    """The model in folder `path`; ModelLoadError where it is missing, broken or not served."""
+def load_model(
+    path: str | Path, dtype: str = "float32", device: str | torch.device = "cpu", fused: bool = True
+) -> LoadedModel:
+    """The model in folder `path`; ModelLoadError where it is missing, broken or not served.
+
+    fused: with the faster layers of fused_modules.py and half_weights.py, else with those of transformers alone."""
     weights_dtype = torch_dtype(dtype)
     facts = read_model_facts(path)
+    # A worker's stderr is a log.
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
         # Typed as if it returned the model alone.
         loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -50,4 +59,8 @@ def load_model(path: str | Path, dtype: str = "float32", device: str | torch.dev
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if report[problem]:
             raise ModelLoadError(facts.path, f"weights with {problem}: {sorted(report[problem], key=str)[:3]}")
+    if fused:
+        fuse(model)
+        if torch.device(device).type == "cpu" and not multiplies_natively(weights_dtype):
+            keep_half_weights(model)
     return LoadedModel(model.eval().to(device), facts, dtype, torch.device(device))

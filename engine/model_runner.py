@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from engine.attention import KVMeta
+from engine.logits import adjust_logits, logprobs_of
 from engine.model_loader import LoadedModel
 from engine.paged_kv_cache import PagedKVCache
 from engine.sampler import sample
@@ -35,8 +36,11 @@ class ModelRunner:
         if not sampling:
             return StepResult()
         positions = [r.num_computed_tokens + r.num_scheduled_tokens for r in sampling]
-        tokens = sample(logits, [r.sampling_params for r in sampling], positions)
-        return StepResult({r.request_id: (token,) for r, token in zip(sampling, tokens, strict=True)})
+        tokens = sample(adjust_logits(logits, sampling), [r.sampling_params for r in sampling], positions)
+        sampled: dict[str, tuple[int, ...]] = {
+            r.request_id: (token,) for r, token in zip(sampling, tokens, strict=True)
+        }
+        return StepResult(sampled, logprobs_of(logits, sampling, tokens))
 
     def _forward(self, step: StepInputs) -> torch.Tensor:
         """Logits of the sampled rows, [num_sampled, vocab_size]; keys and values of all rows go to the cache."""

@@ -1,10 +1,11 @@
 """Which token comes next, from logits and nothing else.
 
 Keeps no state: the noise of a sampled token is a hash of (seed, position, token id), so the same request draws the same
-token in any batch, on any worker, after any failover. Stops, penalties and text belong to others."""
+token in any batch, on any worker, after any failover. Penalties are logits.py's; stops and text belong to others."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -34,6 +35,8 @@ def _draw(logits: torch.Tensor, params: Sequence[SamplingParams], positions: Seq
     temperature = torch.tensor([[max(p.temperature, 1e-5)] for p in params], device=logits.device)
     # The largest logit becomes 0 first: a small temperature then gives large negative numbers, never inf - inf.
     scaled = (logits.float() - logits.amax(-1, keepdim=True).float()) / temperature
+    if any(p.min_p > 0 for p in params):
+        scaled = scaled.masked_fill(scaled < _least(params, scaled.device), -torch.inf)
     keys = [_row_key(p.seed, position) for p, position in zip(params, positions, strict=True)]
     if all(p.top_k == 0 and p.top_p >= 1.0 for p in params):
         token_ids = torch.arange(logits.shape[-1], device=logits.device).expand_as(scaled)
@@ -42,6 +45,11 @@ def _draw(logits: torch.Tensor, params: Sequence[SamplingParams], positions: Seq
     widest = max((p.top_k or scaled.shape[-1]) if p.top_p >= 1.0 else scaled.shape[-1] for p in params)
     excluded = _excluded(scaled, params)
     return _noisy_argmax(scaled.masked_fill(excluded, -torch.inf)[:, :widest], token_ids[:, :widest], keys)
+
+
+def _least(params: Sequence[SamplingParams], device: torch.device) -> torch.Tensor:
+    """The scaled logit that min_p asks for: the likeliest token has 0, so a ratio of probabilities is a difference."""
+    return torch.tensor([[math.log(p.min_p) if p.min_p > 0 else -math.inf] for p in params], device=device)
 
 
 def _excluded(scaled: torch.Tensor, params: Sequence[SamplingParams]) -> torch.Tensor:

@@ -12,6 +12,7 @@ from engine.config import SchedulerConfig
 from engine.kv_cache_manager import KVCacheManager
 from engine.request import Request, RequestStatus
 from engine.scheduler_output import ScheduledRequest, SchedulerOutput, StepResult
+from protos.types import Logprobs
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,6 +21,7 @@ class Progress:
 
     request: Request
     token_ids: tuple[int, ...]
+    logprobs: tuple[Logprobs, ...] = ()  # one for each token, where asked for
 
 
 class _Step:
@@ -148,7 +150,8 @@ class Scheduler:
             self._manager.cache_full_blocks(request)
             if request.finish_reason is not None:
                 self.remove(request)
-            progress.append(Progress(request, token_ids))
+            logprobs = result.logprobs.get(request.request_id, ())[: len(token_ids)]
+            progress.append(Progress(request, token_ids, logprobs))
         return progress
 
     def _fill_step(self, now: float) -> _Step:

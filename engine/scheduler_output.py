@@ -5,7 +5,7 @@ from __future__ import annotations
 from array import array
 from dataclasses import dataclass, field
 
-from protos.types import SamplingParams
+from protos.types import Logprobs, SamplingParams
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +35,7 @@ class SchedulerOutput:
 @dataclass(frozen=True, slots=True)
 class StepResult:
     """Sampled tokens by request id, for the requests with samples = True. Usually one each; the simulator's executor,
-    which fast-forwards decodes, gives several."""
+    which fast-forwards decodes, gives several. Log probabilities likewise, one for each token, where asked for."""
 
     sampled: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    logprobs: dict[str, tuple[Logprobs, ...]] = field(default_factory=dict)

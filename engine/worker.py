@@ -67,7 +67,7 @@ class Worker:
         engine = self._spec.engine
         torch.set_num_threads(engine.num_threads)
         self._progress = "reading weights"
-        loaded = load_model(engine.model, engine.dtype, engine.device)
+        loaded = load_model(engine.model, engine.dtype, engine.device, engine.fused)
         layout = loaded.facts.kv_layout(engine.dtype, engine.block_size, engine.hash_block_size)
         self._progress = "allocating KV blocks"
         num_blocks = engine.num_blocks or num_blocks_for(engine.kv_cache_bytes, layout)

@@ -23,6 +23,7 @@ class EngineConfig:
     kv_cache_bytes: int = 256 << 20
     num_blocks: int | None = None  # overrides kv_cache_bytes
     enable_prefix_caching: bool = True
+    fused: bool = True  # faster layers in place of transformers' own
 
     def __post_init__(self) -> None:
         for name in ("num_threads", "max_num_batched_tokens", "max_num_seqs", "block_size", "hash_block_size"):

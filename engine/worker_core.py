@@ -148,19 +148,20 @@ class WorkerCore:
         self._prefill_s_per_token = old + NEWEST_STEP_WEIGHT * (s_per_token - old)
 
     def _after_progress(self, progress: Progress) -> list[Effect]:
-        request, token_ids = progress.request, progress.token_ids
+        request = progress.request
         if request.finish_reason is not None:
-            return self._finish(request, token_ids)
+            return self._finish(progress)
         if request.handoff_to is None:
-            return [_token_output(request, token_ids)] if token_ids else []
-        if not token_ids:
+            return [_token_output(progress)] if progress.token_ids else []
+        if not progress.token_ids:
             return self._source.send_computed(request)
-        return [_token_output(request, token_ids, accounts=True), *self._source.hand_off(request)]
+        return [_token_output(progress, accounts=True), *self._source.hand_off(request)]
 
-    def _finish(self, request: Request, token_ids: tuple[int, ...]) -> list[Effect]:
+    def _finish(self, progress: Progress) -> list[Effect]:
+        request = progress.request
         if request.handoff_to is not None:
             request.mode_reason = "finished with its first token"
-        return [_token_output(request, token_ids, accounts=True), *self._end(request, "finished")]
+        return [_token_output(progress, accounts=True), *self._end(request, "finished")]
 
     # --- what others may know -------------------------------------------------------------------------------------
 
@@ -199,14 +200,16 @@ class WorkerCore:
         return effects
 
 
-def _token_output(request: Request, token_ids: tuple[int, ...], accounts: bool = False) -> TokenOutput:
+def _token_output(progress: Progress, accounts: bool = False) -> TokenOutput:
     """accounts: this is the worker's last word on the request."""
+    request = progress.request
     decoded_here = request.handoff_to is None or request.finish_reason is not None
     return TokenOutput(
         request_id=request.request_id,
         attempt=request.attempt,
-        index=request.num_output_tokens - len(token_ids),
-        token_ids=token_ids,
+        index=request.num_output_tokens - len(progress.token_ids),
+        token_ids=progress.token_ids,
+        logprobs=progress.logprobs,
         finish_reason=request.finish_reason,
         account=request.account(decoded_here) if accounts else None,
     )

@@ -64,11 +64,6 @@ class LaneThread:
         if error := await done:
             raise LinkFailed(error)
 
-    @property
-    def is_idle(self) -> bool:
-        """No job waits behind the one that asks."""
-        return self._jobs.empty()
-
     def close(self, timeout_s: float) -> None:
         """Finish what was submitted, then end. A thread that is stuck is left behind: it is daemonic."""
         self._jobs.put(None)

@@ -37,9 +37,10 @@ class _Chunk:
 
 
 class SourceLane:
-    """Methods run on the event loop, gathers and the wire on the lane's thread. Invariant: a slot is free, or belongs
-    to one chunk from before its gather until it was sent or dropped; blocks are read only between begin of a chunk's
-    ticket and its on_gathered."""
+    """Methods run on the event loop, gathers and posts on the lane's thread; a second thread waits for sends, so that
+    neither the next gather nor the next post waits for the wire. Invariant: a slot is free, or belongs to one chunk
+    from before its gather until it was sent or dropped; blocks are read only between begin of a chunk's ticket and its
+    on_gathered."""
 
     def __init__(
         self, name: str, link: SenderLink, store: BlockStore, config: TransferConfig, on_gathered: OnGathered
@@ -52,11 +53,11 @@ class SourceLane:
         self._on_gathered = on_gathered
         self._loop = asyncio.get_running_loop()
         self._thread = LaneThread(name)
+        self._waiter = LaneThread(f"{name}-wait")
         self._join_timeout_s = config.connect_timeout_s + config.chunk_timeout_s
         self._waiting: deque[_Chunk] = deque()
         self._chunks: dict[tuple[bytes, int], _Chunk] = {}  # not yet handed to the wire
         self._next_number = 0
-        self._on_wire: deque[tuple[int, int | None]] = deque()  # (number, slot); the thread's own
 
     async def connect(self) -> None:
         await self._thread.run(self._link.connect)
@@ -100,9 +101,10 @@ class SourceLane:
         await asyncio.to_thread(self._close)
 
     def _close(self) -> None:
-        """In this order: the link's end wakes the thread."""
+        """In this order: the link's end wakes the waiter, and the first thread may still give it work."""
         self._link.close()
         self._thread.close(self._join_timeout_s)
+        self._waiter.close(self._join_timeout_s)
 
     def _take_number(self, number: int) -> bool:
         """False for one that was sent before. A gap means that a `ready` was lost: the link cannot go on."""
@@ -128,7 +130,7 @@ class SourceLane:
         assert chunk.slot is not None
         return self._ring.blocks(chunk.slot, len(chunk.block_ids))
 
-    # --- on the thread ----------------------------------------------------------------------------------------------
+    # --- on the threads ---------------------------------------------------------------------------------------------
 
     def _gather(self, chunk: _Chunk) -> None:
         if not chunk.ticket.begin():
@@ -138,7 +140,6 @@ class SourceLane:
             self._store.gather(chunk.block_ids, staged)
             digest = self._checksum(as_bytes(staged))
             self._loop.call_soon_threadsafe(self._gathered, chunk, digest)
-        self._reap()
 
     def _gathered(self, chunk: _Chunk, digest: int) -> None:
         """On the event loop, unlike its neighbours."""
@@ -153,16 +154,11 @@ class SourceLane:
             self._link.post(number, data)
         except LinkFailed:
             return  # it has said so itself; the ring goes with the link
-        self._on_wire.append((number, slot))
-        self._reap()
+        self._waiter.submit(lambda: self._await_sent(number, slot))
 
-    def _reap(self) -> None:
-        """Wait for sends, but for the latest only where there is nothing to gather meanwhile."""
-        while self._on_wire and (len(self._on_wire) > 1 or self._thread.is_idle):
-            number, slot = self._on_wire.popleft()
-            try:
-                self._link.wait(number)
-            except LinkFailed:
-                self._on_wire.clear()
-                return
-            self._loop.call_soon_threadsafe(self._free, slot)
+    def _await_sent(self, number: int, slot: int | None) -> None:
+        try:
+            self._link.wait(number)
+        except LinkFailed:
+            return
+        self._loop.call_soon_threadsafe(self._free, slot)

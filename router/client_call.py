@@ -49,4 +49,9 @@ class ClientCall:
         if not isinstance(unread, Deliver):
             return deliver if unread is None else unread
         assert deliver.first_index == unread.first_index + len(unread.token_ids)
-        return replace(deliver, first_index=unread.first_index, token_ids=unread.token_ids + deliver.token_ids)
+        return replace(
+            deliver,
+            first_index=unread.first_index,
+            token_ids=unread.token_ids + deliver.token_ids,
+            logprobs=unread.logprobs + deliver.logprobs,
+        )

@@ -22,6 +22,8 @@ class RouterConfig:
     # Requests in flight
     max_attempts: int = 3
     max_in_flight: int = 1024
+    max_requests_per_worker: int = 128  # placed on one worker to decode; more would only wait there, in mid-answer
+    refuses_early: bool = True  # a request that would miss ttft_slo_s in the queue
     max_wait_s: float = 30.0  # for a worker to join, where none is up
     max_pending_tokens: int = 4096  # of one request, reported ahead of a gap
 
@@ -37,6 +39,8 @@ class RouterConfig:
     max_request_id_len: int = 128
     max_stop_strings: int = 16
     max_stop_len: int = 256  # characters
+    max_n: int = 16  # choices of one call
+    max_logprobs: int = 20  # likeliest tokens named beside each output token
     max_tokenizing: int = 64  # long prompts that wait for the tokenizer's threads
 
     def __post_init__(self) -> None:

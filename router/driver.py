@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
+from protos.types import FinishReason
 from router.client_call import ClientCall
 from router.config import RouterConfig
 from router.events import Arrived, ClientCancelled, Deliver, Effect, Event, Fail, Send
@@ -18,6 +20,7 @@ class Driver:
         self.router = router
         self.channels: dict[str, WorkerChannel] = {}
         self._calls: dict[str, ClientCall] = {}
+        self._followers: dict[str, list[Arrived]] = {}  # by the request_id of the first choice
         self._config = config
         self._clock = clock
 
@@ -25,16 +28,22 @@ class Driver:
         for effect in self.router.on(event, self._clock()):
             self._apply(effect)
 
-    def open_call(self, event: Arrived) -> ClientCall:
-        request_id = event.request.request_id
-        call = self._calls[request_id] = ClientCall(request_id, self._config.max_output_buffer_tokens)
-        self.feed(event)
-        return call
+    def open_calls(self, choices: Sequence[Arrived]) -> list[ClientCall]:
+        """One for each choice of a client's call. The first starts now, the others beside it when its prefill is done:
+        they find its blocks in the prefix cache."""
+        first, arrived_at = choices[0], self._clock()
+        calls = [ClientCall(each.request.request_id, self._config.max_output_buffer_tokens) for each in choices]
+        self._calls |= {call.request_id: call for call in calls}
+        self._followers[first.request.request_id] = [replace(each, arrived_at=arrived_at) for each in choices[1:]]
+        self.feed(first)
+        return calls
 
-    def close_call(self, call: ClientCall) -> None:
+    def close_calls(self, calls: Sequence[ClientCall]) -> None:
         """The client has had its last word, or has gone: then the workers stop at once."""
-        del self._calls[call.request_id]
-        self.feed(ClientCancelled(call.request_id))  # changes nothing where the request has ended
+        for call in calls:
+            del self._calls[call.request_id]
+            self._followers.pop(call.request_id, None)
+            self.feed(ClientCancelled(call.request_id))  # changes nothing where the request has ended
 
     def _apply(self, effect: Effect) -> None:
         match effect:
@@ -44,3 +53,13 @@ class Driver:
                 call = self._calls.get(effect.request_id)
                 if call is not None and not call.put(effect):
                     self.feed(ClientCancelled(effect.request_id))
+                if isinstance(effect, Deliver):
+                    self._follow(effect)
+
+    def _follow(self, first: Deliver) -> None:
+        """The first word of a first choice: its prefill is done, or the caller has ended the request before."""
+        for follower in self._followers.pop(first.request_id, ()):
+            if first.finish_reason is FinishReason.ABORT:
+                self._calls[follower.request.request_id].put(first)
+            else:
+                self.feed(replace(follower, beside=first.workers))

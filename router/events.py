@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from protos.types import Abort, FinishReason, GenerateRequest, PeerRef, Retarget, WorkerReport
+from protos.types import Abort, FinishReason, GenerateRequest, Logprobs, PeerRef, Retarget, WorkerReport
 from router.account import RequestAccount
 
 # --- events -------------------------------------------------------------------------------------------------------
@@ -12,10 +12,13 @@ from router.account import RequestAccount
 
 @dataclass(frozen=True, slots=True)
 class Arrived:
-    """A valid request: attempt 0, no handoff, token_ids = the prompt. `links` are its hash blocks' chain."""
+    """A valid request: attempt 0, no handoff; token_ids are the prompt and what output the caller has.
+    `links` are the chain of the prompt's hash blocks."""
 
     request: GenerateRequest
     links: tuple[bytes, ...]
+    beside: tuple[str, ...] = ()  # workers that another choice of the same call runs on: prefill, then decode
+    arrived_at: float | None = None  # when its call came, where that was earlier
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +92,8 @@ class Deliver:
     num_cached_tokens: int = 0
     finish_reason: FinishReason | None = None
     account: RequestAccount | None = None
+    logprobs: tuple[Logprobs, ...] = ()  # one for each token, where asked for
+    workers: tuple[str, ...] = ()  # that the request runs on: prefill, then decode
 
 
 @dataclass(frozen=True, slots=True)

@@ -49,6 +49,7 @@ class InFlight:
     links: tuple[bytes, ...]
     log: CommitLog
     arrived_at: float
+    beside: tuple[str, ...] = ()  # where its first attempt goes
     attempt: Attempt | None = None
     waiting_since: float = 0.0
     num_attempts: int = 0
@@ -59,6 +60,11 @@ class InFlight:
     @property
     def request_id(self) -> str:
         return self.template.request_id
+
+    @property
+    def worker_ids(self) -> tuple[str, ...]:
+        """Where its attempt runs: prefill, then decode."""
+        return tuple(view.worker_id for view in self.attempt.workers) if self.attempt else ()
 
     @property
     def num_tokens(self) -> int:
@@ -94,7 +100,8 @@ class InFlight:
         plan = self.attempt.plan if self.attempt else None
         prefill, decode = self._prefill_account(), self._decode_account()
         mode, mode_reason = self._mode(decode)
-        num_tokens, first_token_at = len(self.log), self.first_token_at or self.arrived_at
+        num_tokens = len(self.log) - self.log.num_given_tokens
+        first_token_at = self.first_token_at or self.arrived_at
         return RequestAccount(
             prefill_worker=plan.prefill.worker_id if plan else "",
             prefill_reason=plan.prefill_reason if plan else "",

@@ -28,6 +28,9 @@ class Plan:
 
 
 class Planner:
+    """Weighs the home pair. The other choices are the head of a ranking: the view keeps workers in the order of the
+    policy that would choose among them."""
+
     def __init__(self, config: RouterConfig, view: ClusterView) -> None:
         self._config = config
         self._view = view
@@ -35,12 +38,17 @@ class Planner:
         self._without_home: Policy = LeastPending()
         self._decode: Policy = MostFreeBlocks()
 
-    def plan(self, links: Sequence[bytes], num_tokens: int, num_remaining_tokens: int) -> Plan | None:
-        """None where no worker is up. num_remaining_tokens: how many the request may still generate."""
+    def plan(
+        self, links: Sequence[bytes], num_tokens: int, num_remaining_tokens: int, beside: Sequence[str] = ()
+    ) -> Plan | None:
+        """None where no worker is up. num_remaining_tokens: how many the request may still generate; beside: where
+        another choice of the same call runs."""
+        if beside and all(worker_id in self._view.workers for worker_id in beside):
+            return self._plan_beside(links, num_tokens, beside)
         if not self._view.prefill_workers():
             return self._plan_on_decode_worker(links, num_tokens)
         home = self._view.home_worker_ids(links)
-        pool = [self._view.workers[worker_id] for worker_id in home] or self._view.prefill_workers()
+        pool = [self._view.workers[worker_id] for worker_id in home] or self._view.prefill_workers()[:1]
         policy = self._with_home if home else self._without_home
         prefill, reason = self._choose(policy, pool, links, num_tokens)
         decode, decode_reason = self._plan_decode(prefill, links, num_tokens, num_remaining_tokens)
@@ -51,9 +59,21 @@ class Planner:
         self, prefill: WorkerView, links: Sequence[bytes], num_tokens: int, refused: Collection[str]
     ) -> tuple[WorkerView, str] | None:
         """A decode worker that has not refused this attempt; one that `prefill` has a link to, where there is one."""
-        pool = [view for view in self._view.decode_workers() if view.worker_id not in refused]
-        warm = [view for view in pool if view.worker_id in prefill.stats.warm_links]
-        return self._choose(self._decode, warm or pool, links, num_tokens) if pool else None
+        roomiest: WorkerView | None = None
+        for view in self._view.decode_workers():
+            if view.worker_id in refused:
+                continue
+            if view.worker_id in prefill.warm_links:
+                roomiest = view
+                break
+            roomiest = roomiest or view
+        return self._choose(self._decode, [roomiest], links, num_tokens) if roomiest else None
+
+    def _plan_beside(self, links: Sequence[bytes], num_tokens: int, beside: Sequence[str]) -> Plan:
+        prefill, *others = (self._view.workers[worker_id] for worker_id in beside)
+        num_cached_tokens = self._view.candidate(prefill, links, num_tokens).num_cached_tokens
+        home, reason = self._view.home_worker_ids(links), "beside the first choice"
+        return Plan(prefill, reason, others[0] if others else None, reason, home, num_cached_tokens)
 
     def _plan_decode(
         self, prefill: WorkerView, links: Sequence[bytes], num_tokens: int, num_remaining_tokens: int
@@ -66,7 +86,7 @@ class Planner:
         return chosen or (None, "no decode worker is up")
 
     def _plan_on_decode_worker(self, links: Sequence[bytes], num_tokens: int) -> Plan | None:
-        pool = self._view.decode_workers()
+        pool = self._view.decode_workers()[:1]
         if not pool:
             return None
         worker, reason = self._choose(self._decode, pool, links, num_tokens)

@@ -27,6 +27,32 @@ class Choice:
     reason: str  # goes into the log line and the reply: every route explains itself
 
 
+class WorkerLoad(Protocol):
+    """What the load orders below are made of: a Candidate, or a worker that a ranking keeps in its place."""
+
+    @property
+    def worker_id(self) -> str: ...
+
+    @property
+    def num_pending_tokens(self) -> int: ...
+
+    @property
+    def num_free_blocks(self) -> int: ...
+
+    @property
+    def num_requests(self) -> int: ...
+
+
+def by_pending(load: WorkerLoad) -> tuple[int, int, str]:
+    """The fewest prompt tokens in front first."""
+    return load.num_pending_tokens, load.num_requests, load.worker_id
+
+
+def by_room(load: WorkerLoad) -> tuple[int, int, str]:
+    """The most room for KV first; among equals the one that decodes fewer requests."""
+    return -load.num_free_blocks, load.num_requests, load.worker_id
+
+
 class Policy(Protocol):
     def choose(self, num_tokens: int, candidates: Sequence[Candidate]) -> Choice:
         """One of the candidates, which are never empty, for a request of num_tokens tokens."""
@@ -40,16 +66,16 @@ class DualMap:
 
     def choose(self, num_tokens: int, candidates: Sequence[Candidate]) -> Choice:
         warm = min(candidates, key=lambda c: (num_tokens - c.num_cached_tokens, _load(num_tokens, c), c.worker_id))
-        ttft_s = _ttft_s(num_tokens, warm)
+        ttft_s = ttft_estimate_s(num_tokens, warm)
         cached = f"{warm.num_cached_tokens} of {num_tokens} tokens cached"
         if ttft_s <= self.ttft_slo_s:
             return Choice(warm.worker_id, f"affinity: {cached}, TTFT {ttft_s:.2f} s <= {self.ttft_slo_s:g} s")
-        light = min(candidates, key=lambda c: (_ttft_s(num_tokens, c), _load(num_tokens, c), c.worker_id))
+        light = min(candidates, key=lambda c: (ttft_estimate_s(num_tokens, c), _load(num_tokens, c), c.worker_id))
         if light.worker_id == warm.worker_id:
             return Choice(warm.worker_id, f"affinity: {cached}, TTFT {ttft_s:.2f} s, and no candidate is lighter")
         return Choice(
             light.worker_id,
-            f"load: TTFT {_ttft_s(num_tokens, light):.2f} s, warm {warm.worker_id} {ttft_s:.2f} s"
+            f"load: TTFT {ttft_estimate_s(num_tokens, light):.2f} s, warm {warm.worker_id} {ttft_s:.2f} s"
             f" > {self.ttft_slo_s:g} s",
         )
 
@@ -59,11 +85,10 @@ class LeastPending:
     """The candidate with the fewest prompt tokens before this request; for prompts that have no home."""
 
     def choose(self, num_tokens: int, candidates: Sequence[Candidate]) -> Choice:
-        light = min(candidates, key=lambda c: (c.num_pending_tokens, c.num_requests, c.worker_id))
+        light = min(candidates, key=by_pending)
         return Choice(
             light.worker_id,
-            f"no home: {num_tokens} tokens fill no hash block; lightest of {len(candidates)} with"
-            f" {light.num_pending_tokens} tokens pending",
+            f"no home: {num_tokens} tokens fill no hash block; lightest with {light.num_pending_tokens} tokens pending",
         )
 
 
@@ -72,11 +97,10 @@ class MostFreeBlocks:
     """The candidate with the most room for KV; among equals the one that decodes fewer requests."""
 
     def choose(self, num_tokens: int, candidates: Sequence[Candidate]) -> Choice:
-        free = min(candidates, key=lambda c: (-c.num_free_blocks, c.num_requests, c.worker_id))
+        free = min(candidates, key=by_room)
         return Choice(
             free.worker_id,
-            f"most room of {len(candidates)}: {free.num_free_blocks} of {free.num_blocks} blocks free,"
-            f" {free.num_requests} requests there",
+            f"most room: {free.num_free_blocks} of {free.num_blocks} blocks free, {free.num_requests} requests there",
         )
 
 
@@ -84,5 +108,6 @@ def _load(num_tokens: int, candidate: Candidate) -> int:
     return candidate.num_pending_tokens + num_tokens - candidate.num_cached_tokens
 
 
-def _ttft_s(num_tokens: int, candidate: Candidate) -> float:
+def ttft_estimate_s(num_tokens: int, candidate: Candidate) -> float:
+    """The estimate; 0 until the worker has measured its speed."""
     return _load(num_tokens, candidate) * candidate.prefill_s_per_token

@@ -1,4 +1,4 @@
-"""The answer to one Generate call: text from tokens, chunks or one whole, the last word, the log line."""
+"""The answer to one choice of a Generate call: text from tokens, chunks or one whole, the last word, the log line."""
 
 from __future__ import annotations
 
@@ -7,10 +7,9 @@ import logging
 from dataclasses import asdict
 from typing import NoReturn
 
-import grpc
-
 from protos import inference_pb2 as pb
-from protos.types import FinishReason
+from protos.types import FinishReason, Logprobs
+from router.call_writer import CallWriter
 from router.client_call import ClientCall
 from router.config import RouterConfig
 from router.driver import Driver
@@ -20,53 +19,60 @@ from router.text_stream import TextStream
 
 log = logging.getLogger("twinring.router")
 
-Context = grpc.aio.ServicerContext[pb.GenerateRequest, pb.GenerateResponse]
-
 
 class Reply:
     """Invariant: tokens [0, _num_sent) and their text have been written; the ones up to _text.num_tokens wait in
     _token_ids and _unsent_text, for the next chunk or the last word."""
 
-    def __init__(self, config: RouterConfig, driver: Driver, arrived: Arrived, text: TextStream, stream: bool) -> None:
+    def __init__(
+        self,
+        config: RouterConfig,
+        driver: Driver,
+        arrived: Arrived,
+        text: TextStream,
+        stream: bool,
+        writer: CallWriter,
+    ) -> None:
+        """text: has taken the output that the caller has already."""
         self._config = config
         self._driver = driver
         self._request = arrived.request
         self._text = text
         self._stream = stream
+        self._writer = writer
         self._token_ids: list[int] = []
+        self._logprobs: list[Logprobs] = []
         self._unsent_text = ""
-        self._num_sent = 0
+        self._num_sent = text.num_tokens
         self._is_logged = False
 
-    async def run(self, call: ClientCall, context: Context) -> None:
+    async def run(self, call: ClientCall) -> None:
         try:
             is_open = True
             while is_open:
                 news = await call.take()  # no deadline: the last word or the client's cancellation ends the wait
                 is_open = isinstance(news, Deliver) and news.finish_reason is None
-                await (self._deliver(news, context) if isinstance(news, Deliver) else self._cut_off(context, news))
+                await (self._deliver(news) if isinstance(news, Deliver) else self._cut_off(news))
         except asyncio.CancelledError:
             self._log("CANCELLED")
             raise
 
-    async def _deliver(self, news: Deliver, context: Context) -> None:
+    async def _deliver(self, news: Deliver) -> None:
         self._take(news)
         if news.finish_reason is not None:
-            await self._finish(news, news.finish_reason, context)
+            await self._finish(news, news.finish_reason)
         elif self._stream and self._text.matched_stop is None:
-            response = chunk_response(self._request.client_request_id, self._progress(news))
-            await self._write(context, response)
+            await self._write(chunk_response(self._request, self._progress(news)))
 
-    async def _finish(self, news: Deliver, finish_reason: FinishReason, context: Context) -> None:
+    async def _finish(self, news: Deliver, finish_reason: FinishReason) -> None:
         assert news.account is not None
         matched: str | int | None = self._text.matched_stop
         if matched is not None:
             finish_reason = FinishReason.STOP  # wherever the workers had gone on to
         elif finish_reason is FinishReason.STOP:
-            matched = news.token_ids[-1]  # the token that stops an output comes with the last word
+            matched = news.token_ids[-1]
         progress = self._progress(news)
-        client_request_id = self._request.client_request_id
-        await self._write(context, complete_response(client_request_id, progress, finish_reason, matched, news.account))
+        await self._write(complete_response(self._request, progress, finish_reason, matched, news.account))
         self._log(
             finish_reason.value,
             num_prompt_tokens=progress.num_prompt_tokens,
@@ -78,8 +84,14 @@ class Reply:
         if self._text.matched_stop is not None:
             return  # the output has ended before these
         before = self._text.num_tokens
-        self._unsent_text += self._text.push(news.token_ids)
-        self._token_ids += news.token_ids[: self._text.num_tokens - before]
+        # The token that stops an output comes with the last word, as its last.
+        num_text_tokens = len(news.token_ids) - (news.finish_reason is FinishReason.STOP)
+        self._unsent_text += self._text.push(news.token_ids[:num_text_tokens])
+        if self._text.matched_stop is None and num_text_tokens < len(news.token_ids):
+            self._unsent_text += self._text.push_stop_token(news.token_ids[-1])
+        num_taken = self._text.num_tokens - before
+        self._token_ids += news.token_ids[:num_taken]
+        self._logprobs += news.logprobs[:num_taken]
         if self._text.matched_stop is not None:
             self._driver.feed(StopMatched(self._request.request_id))
         elif news.finish_reason is not None:
@@ -93,38 +105,31 @@ class Reply:
             self._unsent_text,
             self._request.num_prompt_tokens,
             news.num_cached_tokens,
+            self._logprobs,
         )
         self._num_sent += len(self._token_ids)
-        self._token_ids, self._unsent_text = [], ""
+        self._token_ids, self._logprobs, self._unsent_text = [], [], ""
         return progress
 
-    async def _write(self, context: Context, response: pb.GenerateResponse) -> None:
+    async def _write(self, response: pb.GenerateResponse) -> None:
         try:
-            async with asyncio.timeout(self._config.write_timeout_s):
-                await context.write(response)
+            await self._writer.write(response)
         except TimeoutError:
             message = f"the client has not read for {self._config.write_timeout_s:g} s"
-            await self._cut_off(context, Fail(self._request.request_id, "RESOURCE_EXHAUSTED", message))
+            await self._cut_off(Fail(self._request.request_id, "RESOURCE_EXHAUSTED", message))
 
-    async def _cut_off(self, context: Context, fail: Fail) -> None:
-        """The status waits behind what the client does not read, too: after a while the call goes without one."""
+    async def _cut_off(self, fail: Fail) -> NoReturn:
         self._log(fail.code, message=fail.message)
-        try:
-            async with asyncio.timeout(self._config.write_timeout_s):
-                await abort_call(context, fail)
-        except TimeoutError:
-            raise asyncio.CancelledError from None
+        await self._writer.cut_off(fail)
 
     def _log(self, outcome: str, **fields: object) -> None:
-        """One line per request: what ended it first."""
+        """One line per choice: what ended it first."""
         if self._is_logged:
             return
         self._is_logged = True
-        ids = {"request_id": self._request.request_id, "client_request_id": self._request.client_request_id}
+        ids: dict[str, object] = {
+            "request_id": self._request.request_id,
+            "client_request_id": self._request.client_request_id,
+        }
+        ids["choice_index"] = self._request.choice_index
         log.info("request ended: %s", outcome, extra={"fields": {**ids, "outcome": outcome, **fields}})
-
-
-async def abort_call(context: Context, fail: Fail) -> NoReturn:
-    """gRPC's own key tells clients when to come back."""
-    pushback = () if fail.retry_after_s is None else (("grpc-retry-pushback-ms", str(int(1000 * fail.retry_after_s))),)
-    await context.abort(grpc.StatusCode[fail.code], fail.message, trailing_metadata=pushback)

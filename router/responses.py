@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from protos import inference_pb2 as pb
-from protos.codec import pack_token_ids
-from protos.types import FinishReason, ServingMode
+from protos.codec import pack_token_ids, unpack_token_ids
+from protos.types import FinishReason, GenerateRequest, Logprobs, ServingMode
 from router.account import RequestAccount
 from router.cluster_view import WorkerView
+from router.config import RouterConfig
+from router.explain import Explanation
+from router.policy import Candidate, ttft_estimate_s
 from router.status import KnownWorker
-from router.validation import PublicRequest
+from router.validation import ChatMessage, InvalidArgument, PublicRequest
 
 FINISH_REASONS = {
     FinishReason.STOP: pb.FINISH_REASON_STOP,
@@ -36,6 +40,7 @@ class Progress:
     text: str
     num_prompt_tokens: int
     num_cached_tokens: int
+    logprobs: Sequence[Logprobs] = ()  # one for each token, where asked for
 
     @property
     def num_output_tokens(self) -> int:
@@ -49,6 +54,7 @@ def request_from_proto(message: pb.GenerateRequest) -> PublicRequest:
         request_id=message.request_id,
         text=message.text if kind == "text" else None,
         input_ids=message.tokenized.input_ids if kind == "tokenized" else None,
+        messages=tuple(ChatMessage(one.role, one.content) for one in message.chat.messages) if kind == "chat" else None,
         temperature=sampling.temperature if given("temperature") else None,
         top_p=sampling.top_p if given("top_p") else None,
         top_k=sampling.top_k if given("top_k") else None,
@@ -57,10 +63,31 @@ def request_from_proto(message: pb.GenerateRequest) -> PublicRequest:
         stop_token_ids=tuple(sampling.stop_token_ids),
         stop=tuple(sampling.stop),
         ignore_eos=sampling.ignore_eos,
+        min_p=sampling.min_p if given("min_p") else None,
+        repetition_penalty=sampling.repetition_penalty if given("repetition_penalty") else None,
+        presence_penalty=sampling.presence_penalty if given("presence_penalty") else None,
+        frequency_penalty=sampling.frequency_penalty if given("frequency_penalty") else None,
+        logit_bias=tuple(sorted(sampling.logit_bias.items())),
+        min_tokens=sampling.min_tokens,
+        include_stop=sampling.include_stop,
+        n=sampling.n if given("n") else 1,
+        logprobs=sampling.logprobs if given("logprobs") else None,
+        prompt_logprobs=sampling.prompt_logprobs if given("prompt_logprobs") else None,
+        priority=message.priority,
+        output_token_ids=_output_token_ids(message.output_token_ids),
     )
 
 
-def chunk_response(client_request_id: str, progress: Progress) -> pb.GenerateResponse:
+def _output_token_ids(packed: bytes) -> array[int]:
+    try:
+        return unpack_token_ids(packed)
+    except ValueError:
+        raise InvalidArgument(
+            "output_token_ids", len(packed), "must be packed int32: whole groups of 4 bytes"
+        ) from None
+
+
+def chunk_response(request: GenerateRequest, progress: Progress) -> pb.GenerateResponse:
     chunk = pb.GenerateStreamChunk(
         token_ids=pack_token_ids(progress.token_ids),
         text=progress.text,
@@ -68,12 +95,14 @@ def chunk_response(client_request_id: str, progress: Progress) -> pb.GenerateRes
         prompt_tokens=progress.num_prompt_tokens,
         completion_tokens=progress.num_output_tokens,
         cached_tokens=progress.num_cached_tokens,
+        choice_index=request.choice_index,
+        logprobs=[_token_logprob(one) for one in progress.logprobs],
     )
-    return pb.GenerateResponse(request_id=client_request_id, chunk=chunk)
+    return pb.GenerateResponse(request_id=request.client_request_id, chunk=chunk)
 
 
 def complete_response(
-    client_request_id: str,
+    request: GenerateRequest,
     progress: Progress,
     finish_reason: FinishReason,
     matched: str | int | None,
@@ -89,12 +118,23 @@ def complete_response(
         cached_tokens=progress.num_cached_tokens,
         finish_reason=FINISH_REASONS[finish_reason],
         placement=_placement(account),
+        choice_index=request.choice_index,
+        logprobs=[_token_logprob(one) for one in progress.logprobs],
+        seed=request.sampling_params.seed,
     )
     if isinstance(matched, str):
         complete.matched_stop_string = matched
     elif matched is not None:
         complete.matched_token_id = matched
-    return pb.GenerateResponse(request_id=client_request_id, complete=complete)
+    return pb.GenerateResponse(request_id=request.client_request_id, complete=complete)
+
+
+def _token_logprob(logprobs: Logprobs) -> pb.TokenLogprob:
+    top = zip(logprobs.top_token_ids, logprobs.top_logprobs, strict=True)
+    return pb.TokenLogprob(
+        logprob=logprobs.logprob,
+        top=[pb.TopLogprob(token_id=token_id, logprob=logprob) for token_id, logprob in top],
+    )
 
 
 def worker_load(worker: KnownWorker, view: WorkerView | None) -> pb.WorkerLoad:
@@ -121,6 +161,46 @@ def worker_load(worker: KnownWorker, view: WorkerView | None) -> pb.WorkerLoad:
         load.prefill_s_per_token = stats.prefill_s_per_token
         load.warm_links.extend(stats.warm_links)
     return load
+
+
+def server_info_response(
+    config: RouterConfig, max_model_len: int, version: str, uptime_s: float
+) -> pb.GetServerInfoResponse:
+    return pb.GetServerInfoResponse(
+        version=version,
+        mode=config.mode,
+        uptime_s=uptime_s,
+        max_model_len=max_model_len,
+        max_in_flight=config.max_in_flight,
+        max_message_bytes=config.max_message_bytes,
+        max_stop_strings=config.max_stop_strings,
+        max_stop_len=config.max_stop_len,
+        max_n=config.max_n,
+        max_logprobs=config.max_logprobs,
+        ttft_slo_s=config.ttft_slo_s,
+    )
+
+
+def explain_response(explanation: Explanation, num_prompt_tokens: int, num_tokens: int) -> pb.ExplainRouteResponse:
+    def candidate(one: Candidate) -> pb.RouteCandidate:
+        return pb.RouteCandidate(
+            worker_id=one.worker_id,
+            num_cached_tokens=one.num_cached_tokens,
+            num_pending_tokens=one.num_pending_tokens,
+            ttft_estimate_s=ttft_estimate_s(num_tokens, one),
+            num_free_blocks=max(0, one.num_free_blocks),
+            is_home=one.worker_id in explanation.home_worker_ids,
+        )
+
+    return pb.ExplainRouteResponse(
+        prompt_tokens=num_prompt_tokens,
+        prefill_candidates=[candidate(one) for one in explanation.prefill_candidates],
+        prefill_worker=explanation.prefill_worker,
+        prefill_reason=explanation.prefill_reason,
+        decode_candidates=[candidate(one) for one in explanation.decode_candidates],
+        decode_worker=explanation.decode_worker,
+        decode_reason=explanation.decode_reason,
+    )
 
 
 def _placement(account: RequestAccount) -> pb.Placement:

@@ -7,7 +7,8 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from typing import assert_never
 
-from protos.types import Abort, FinishReason, Handoff, HandoffRefused, PeerRef, Retarget, TokenOutput
+from protos.types import Abort, FinishReason, Handoff, HandoffRefused, Logprobs, PeerRef, Retarget, TokenOutput
+from router.admission import Refusal, refusal
 from router.cluster_view import ClusterView, WorkerView
 from router.commit_log import CommitLog
 from router.config import RouterConfig
@@ -27,7 +28,7 @@ from router.events import (
     WorkerUp,
 )
 from router.in_flight import Attempt, InFlight
-from router.placement import Planner
+from router.placement import Plan, Planner
 
 RETRY_AFTER_S = 1.0
 
@@ -53,15 +54,15 @@ class Router:
         self._planner = Planner(config, self.view)
         self._make_transfer_id = make_transfer_id
         self._in_flight: dict[str, InFlight] = {}
-        self._by_client_id: dict[tuple[str, str], str] = {}  # (tenant, client's id) -> request_id
+        self._by_client_id: dict[tuple[str, str], list[str]] = {}  # (tenant, client's id) -> its choices in flight
 
     @property
     def num_in_flight(self) -> int:
         return len(self._in_flight)
 
-    def find(self, tenant: str, client_request_id: str) -> str | None:
-        """The internal id of a caller's request in flight."""
-        return self._by_client_id.get((tenant, client_request_id))
+    def find(self, tenant: str, client_request_id: str) -> tuple[str, ...]:
+        """The internal ids of a caller's request in flight, one for each choice."""
+        return tuple(self._by_client_id.get((tenant, client_request_id), ()))
 
     def on(self, event: Event, now: float) -> list[Effect]:
         match event:
@@ -89,16 +90,29 @@ class Router:
         request = event.request
         assert request.attempt == 0 and request.request_id not in self._in_flight, request.request_id
         client_key = (request.tenant, request.client_request_id)
-        if client_key in self._by_client_id:
+        if client_key in self._by_client_id and request.choice_index == 0:
             return [self._refuse(event, "ALREADY_EXISTS", f"request_id {client_key[1]!r} is in flight already")]
         if len(self._in_flight) >= self._config.max_in_flight:
             message = f"{len(self._in_flight)} requests are in flight, the most that are taken"
             return [self._refuse(event, "RESOURCE_EXHAUSTED", message, RETRY_AFTER_S)]
-        log = CommitLog(self._config.max_pending_tokens)
-        in_flight = InFlight(request, event.links, log, arrived_at=now, waiting_since=now)
+        prompt, given = request.token_ids[: request.num_prompt_tokens], request.token_ids[request.num_prompt_tokens :]
+        log = CommitLog(self._config.max_pending_tokens, given)
+        arrived_at = now if event.arrived_at is None else event.arrived_at
+        template = replace(request, token_ids=prompt)
+        in_flight = InFlight(template, event.links, log, arrived_at, event.beside, waiting_since=now)
+        plan = self._plan(in_flight)
+        if plan and not event.beside and (refused := self._refusal(in_flight, plan)):
+            return [self._refuse(event, "RESOURCE_EXHAUSTED", refused.message, refused.retry_after_s)]
         self._in_flight[request.request_id] = in_flight
-        self._by_client_id[client_key] = request.request_id
-        return self._dispatch(in_flight, now)
+        self._by_client_id.setdefault(client_key, []).append(request.request_id)
+        return self._start_attempt(in_flight, plan, now) if plan else []
+
+    def _refusal(self, in_flight: InFlight, plan: Plan) -> Refusal | None:
+        num_tokens, request = in_flight.num_tokens, in_flight.template
+        prefill, decoding = (
+            self.view.candidate(view, in_flight.links, num_tokens) for view in (plan.prefill, plan.decoding_worker)
+        )
+        return refusal(self._config, num_tokens, request.priority, request.deadline_s, prefill, decoding)
 
     def _refuse(self, event: Arrived, code: str, message: str, retry_after_s: float | None = None) -> Fail:
         self.statistics.num_failed += 1
@@ -119,12 +133,17 @@ class Router:
 
     # --- an attempt's start and end -------------------------------------------------------------------------------
 
+    def _plan(self, in_flight: InFlight) -> Plan | None:
+        beside = () if in_flight.num_attempts else in_flight.beside
+        return self._planner.plan(in_flight.links, in_flight.num_tokens, in_flight.num_remaining_tokens, beside)
+
     def _dispatch(self, in_flight: InFlight, now: float) -> list[Effect]:
         """Start an attempt where a worker is up; else the request goes on waiting."""
+        plan = self._plan(in_flight)
+        return [] if plan is None else self._start_attempt(in_flight, plan, now)
+
+    def _start_attempt(self, in_flight: InFlight, plan: Plan, now: float) -> list[Effect]:
         assert in_flight.attempt is None
-        plan = self._planner.plan(in_flight.links, in_flight.num_tokens, in_flight.num_remaining_tokens)
-        if plan is None:
-            return []
         in_flight.num_attempts += 1
         attempt = Attempt(in_flight.num_attempts, len(in_flight.log), plan, self._make_transfer_id())
         in_flight.attempt = attempt
@@ -171,7 +190,12 @@ class Router:
         return effects + self._dispatch(in_flight, now)
 
     def _finish(
-        self, in_flight: InFlight, finish_reason: FinishReason, token_ids: tuple[int, ...], now: float
+        self,
+        in_flight: InFlight,
+        finish_reason: FinishReason,
+        token_ids: tuple[int, ...],
+        now: float,
+        logprobs: tuple[Logprobs, ...] = (),
     ) -> list[Effect]:
         # Told by the workers, the end is known to those that have sent tokens; told by the router, to none.
         done = in_flight.attempt.reported if in_flight.attempt and in_flight.log.is_complete else ()
@@ -182,6 +206,8 @@ class Router:
             in_flight.num_cached_tokens,
             finish_reason,
             in_flight.account(now),
+            logprobs,
+            in_flight.worker_ids,
         )
         self.statistics.num_finished += 1
         self._forget(in_flight)
@@ -195,7 +221,10 @@ class Router:
     def _forget(self, in_flight: InFlight) -> None:
         request = in_flight.template
         del self._in_flight[request.request_id]
-        del self._by_client_id[request.tenant, request.client_request_id]
+        client_key = (request.tenant, request.client_request_id)
+        self._by_client_id[client_key].remove(request.request_id)
+        if not self._by_client_id[client_key]:
+            del self._by_client_id[client_key]
 
     # --- workers --------------------------------------------------------------------------------------------------
 
@@ -264,16 +293,17 @@ class Router:
         return self._commit(in_flight, view, output, now)
 
     def _commit(self, in_flight: InFlight, view: WorkerView, output: TokenOutput, now: float) -> list[Effect]:
-        taken = in_flight.log.take(output.index, output.token_ids, output.finish_reason)
+        taken = in_flight.log.take(output.index, output.token_ids, output.finish_reason, output.logprobs)
         if taken.token_ids:
             in_flight.note_tokens(now)
         finish_reason = in_flight.log.finish_reason
         if in_flight.log.is_complete and finish_reason is not None and not taken.conflict:
-            return self._finish(in_flight, finish_reason, taken.token_ids, now)
+            return self._finish(in_flight, finish_reason, taken.token_ids, now, taken.logprobs)
         effects: list[Effect] = []
         if taken.token_ids:
             first_index = len(in_flight.log) - len(taken.token_ids)
-            effects.append(Deliver(in_flight.request_id, first_index, taken.token_ids, in_flight.num_cached_tokens))
+            deliver = Deliver(in_flight.request_id, first_index, taken.token_ids, in_flight.num_cached_tokens)
+            effects.append(replace(deliver, logprobs=taken.logprobs, workers=in_flight.worker_ids))
         if taken.conflict:
             effects += self._fail_over(in_flight, f"worker {view.worker_id} reported {taken.conflict}", now)
         return effects

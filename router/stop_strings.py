@@ -13,11 +13,11 @@ class StopStrings:
         self._max_held = max(map(len, stop), default=1) - 1
         self._held = ""
 
-    def push(self, piece: str) -> tuple[str, str | None]:
-        """Text to give out, and the stop string found behind it. After a match nothing more may be pushed."""
+    def push(self, piece: str, may_end: bool = True) -> tuple[str, str | None]:
+        """Text to give out, and the stop string found behind it. After a match nothing more may be pushed. Where the
+        text may not end yet, stop strings that end in this piece are text like any other."""
         text = self._held + piece
-        found = [(start + len(stop), start, stop) for stop in self._stop if (start := text.find(stop)) >= 0]
-        if found:
+        if may_end and (found := self._found(text)):
             _, start, stop = min(found)
             self._held = ""
             return text[:start], stop
@@ -25,10 +25,21 @@ class StopStrings:
         self._held = text[num_out:]
         return text[:num_out], None
 
+    def would_match(self, piece: str) -> bool:
+        """Whether push(piece) would find a stop string."""
+        return bool(self._found(self._held + piece))
+
     def flush(self) -> str:
         """The rest, when no text follows."""
         text, self._held = self._held, ""
         return text
+
+    def _found(self, text: str) -> list[tuple[int, int, str]]:
+        """End, start and string of every stop string that ends behind what was held: one that ended in there came when
+        the text might not end."""
+        num_old = len(self._held)
+        starts = ((stop, text.find(stop, max(0, num_old + 1 - len(stop)))) for stop in self._stop)
+        return [(start + len(stop), start, stop) for stop, start in starts if start >= 0]
 
     def _num_held(self, text: str) -> int:
         for length in range(min(self._max_held, len(text)), 0, -1):

@@ -26,14 +26,15 @@ ARROWS: dict[str, set[str]] = {
 # all of that as values, so that the simulator can run it under a clock of its own.
 SHELLS: dict[str, str] = {
     "protos": "codec",
-    "engine": """attention engine_thread local_engine model_facts model_loader model_runner paged_kv_cache
-        request_owners router_session sampler step_inputs transfer_port worker worker_host""",
+    "engine": """attention engine_thread fused_modules half_weights local_engine logits model_facts model_loader
+        model_runner paged_kv_cache request_owners router_session sampler step_inputs transfer_port worker
+        worker_host""",
     "kvtransfer": """agent block_store destination_lane destination_side gloo_link lane_thread memory_link outgoing_peer
         peer_channel source_lane source_side staging transport""",
-    "router": "client_call cluster_service driver front_door prompts reply responses server worker_channel",
+    "router": "call_writer client_call cluster_service driver front_door prompts reply responses server worker_channel",
     "prefill_worker": "actor",
     "decode_worker": "actor",
-    "cluster": "actors cli client demo ray_cluster serve show supervisor",
+    "cluster": "actors aio_client cli client client_messages demo ray_cluster serve show supervisor",
 }
 SHELL_MODULES = {f"{folder}.{name}" for folder, names in SHELLS.items() for name in names.split()}
 NEVER_PURE = "bench."  # benchmarks measure: all of them are shells

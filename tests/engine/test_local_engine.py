@@ -5,18 +5,20 @@ from __future__ import annotations
 import random
 from array import array
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from engine.config import SchedulerConfig
+from engine.events import Submitted
 from engine.local_engine import LocalEngine
 from engine.model_loader import LoadedModel, load_model
 from engine.model_runner import ModelRunner
 from engine.paged_kv_cache import PagedKVCache
 from engine.worker_core import WorkerCore
-from protos.types import GenerateRequest, SamplingParams
+from protos.types import GenerateRequest, SamplingParams, TokenOutput
 from tests.tiny_models import greedy_reference, save_tiny_model
 
 BLOCK_SIZE = 8
@@ -103,3 +105,48 @@ def test_a_request_that_cannot_fit_is_refused(loaded: LoadedModel) -> None:
     engine, _ = make_engine(loaded, num_blocks=64)
     with pytest.raises(ValueError, match="r0"):
         engine.generate(requests_of([[1] * 300]))
+
+
+PENALISED = SamplingParams(
+    temperature=1.1,
+    top_p=0.95,
+    top_k=0,
+    seed=3,
+    max_tokens=60,
+    min_p=0.01,
+    repetition_penalty=1.4,
+    presence_penalty=0.5,
+    frequency_penalty=0.5,
+    logit_bias=((7, 4.0),),
+    num_logprobs=2,
+)
+
+
+def run_penalised(loaded: LoadedModel, num_blocks: int) -> tuple[dict[str, list[int]], dict[str, list[float]], int]:
+    """Tokens and log probabilities by request, and how often one was preempted."""
+    engine, core = make_engine(loaded, num_blocks, budget=64)
+    token_ids: dict[str, list[int]] = {}
+    logprobs: dict[str, list[float]] = {}
+    num_preemptions = 0
+    for index in range(3):
+        prompt = array("i", range(index, index + 17))
+        core.on(Submitted(GenerateRequest(f"r{index}", "", 1, prompt, 17, replace(PENALISED, seed=index))), 0.0)
+    while (output := core.schedule(0.0)[0]) is not None:
+        num_preemptions += len(output.preempted_request_ids)
+        for effect in core.update_from_output(output, engine._runner.execute(output), 0.0):
+            assert isinstance(effect, TokenOutput)
+            assert len(effect.logprobs) == len(effect.token_ids)
+            token_ids.setdefault(effect.request_id, []).extend(effect.token_ids)
+            logprobs.setdefault(effect.request_id, []).extend(each.logprob for each in effect.logprobs)
+    return token_ids, logprobs, num_preemptions
+
+
+def test_penalties_and_logprobs_survive_preemption(loaded: LoadedModel) -> None:
+    tokens, logprobs, num_preemptions = run_penalised(loaded, num_blocks=64)
+    assert num_preemptions == 0
+    assert [len(each) for each in tokens.values()] == [60] * 3
+    tight_tokens, tight_logprobs, num_preemptions = run_penalised(loaded, num_blocks=180 // BLOCK_SIZE)
+    assert num_preemptions > 0
+    assert tight_tokens == tokens
+    for request_id, expected_logprobs in logprobs.items():
+        assert tight_logprobs[request_id] == pytest.approx(expected_logprobs, abs=1e-4)

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 
 import engine.model_facts
@@ -109,8 +110,33 @@ def test_sharded_weights_load(pristine: Path, folder: Path) -> None:
 def test_the_loaded_model_is_in_eval_mode_and_of_the_asked_dtype(pristine: Path) -> None:
     loaded = load_model(pristine, dtype="bfloat16")
     assert not loaded.model.training
-    assert {weight.dtype for weight in loaded.model.parameters()} == {torch.bfloat16}
+    assert {weight.dtype for weight in loaded.model.parameters() if weight.dim() == 2} == {torch.bfloat16}
     assert loaded.dtype == "bfloat16"
+
+
+def test_loading_prints_nothing(pristine: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    transformers.utils.logging.enable_progress_bar()
+    load_model(pristine)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_an_adapter_without_a_config_is_called_one(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(ModelLoadError, match="merge it into its base model"):
+        read_model_facts(tmp_path)
+
+
+def test_buffers_that_old_checkpoints_saved_are_no_strangers(folder: Path) -> None:
+    """Llama 2 has the frequencies of its rotation among its weights."""
+    buffer = "model.layers.0.self_attn.rotary_emb.inv_freq"
+    edit_weights(folder, lambda weights: weights.update({buffer: torch.zeros(8)}))
+    load_model(folder)
+
+
+def test_weights_in_pickles_are_not_loaded(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    with pytest.raises(ModelLoadError, match="only safetensors"):
+        load_model(folder)
 
 
 def remove(name: str) -> Callable[[Path], None]:
@@ -143,6 +169,11 @@ def rope(**parameters: Any) -> Callable[[Path], None]:
         (write("config.json", b"[]"), "no JSON object"),
         (config(architectures=None), "must name one architecture"),
         (config(architectures=["GPT2LMHeadModel"]), "'GPT2LMHeadModel' is not supported"),
+        (config(architectures=["MixtralForCausalLM"]), "'MixtralForCausalLM' is not supported"),
+        (config(architectures=["GptOssForCausalLM"]), "'GptOssForCausalLM' is not supported"),
+        (config(architectures=["Gemma3ForConditionalGeneration"]), "ConditionalGeneration' is not supported"),
+        (config(use_bidirectional_attention=True), "use_bidirectional_attention"),
+        (write("adapter_config.json", b"{}"), "it is an adapter"),
         (config(num_hidden_layers="three"), "config.json is not usable"),
         (config(auto_map={"AutoModel": "x.Y"}), "auto_map"),
         (config(quantization_config={"quant_method": "gptq"}), "quantized"),

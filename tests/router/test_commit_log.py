@@ -3,7 +3,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from protos.types import FinishReason
+from protos.types import FinishReason, Logprobs
 from router.commit_log import CommitLog
 
 STOP = FinishReason.STOP
@@ -91,3 +91,19 @@ def test_any_order_with_duplicates_gives_every_token_once_in_order(data: st.Data
         seen += taken.token_ids
     assert seen == tokens
     assert log.is_complete
+
+
+def test_logprobs_stay_with_their_tokens_whatever_comes_twice_or_early() -> None:
+    one, two, three, other = (Logprobs(-float(each)) for each in (1, 2, 3, 9))
+    log = CommitLog(100)
+    assert log.take(0, (5,), logprobs=(one,)).logprobs == (one,)
+    assert log.take(2, (7,), logprobs=(three,)).logprobs == ()
+    assert log.take(0, (5, 6), logprobs=(other, two)).logprobs == (two, three)
+    assert log.take(1, (6,), logprobs=(other,)).logprobs == ()
+
+
+def test_what_the_caller_has_is_the_beginning_of_the_log() -> None:
+    log = CommitLog(100, [5, 6])
+    assert log.take(0, (5, 6, 7)).token_ids == (7,)
+    assert log.num_given_tokens == 2
+    assert CommitLog(100, [5, 6]).take(1, (9,)).conflict

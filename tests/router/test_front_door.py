@@ -137,7 +137,7 @@ async def test_many_at_once(launch: Any) -> None:
 # --- refusals -----------------------------------------------------------------------------------------------------
 
 INVALID = [
-    ({}, "input: either text or tokenized must be set, got None"),
+    ({}, "input: one of text, tokenized and chat must be set, got None"),
     ({"text": ""}, "text: the prompt must have at least one token, got 0"),
     ({"text": "x" * 200}, "text: the prompt must have fewer tokens than max_model_len 200, got 200"),
     (
@@ -214,6 +214,10 @@ class SlowTokenizer:
 
     def __init__(self) -> None:
         self.may_read = threading.Event()
+        self.added_tokens_decoder: dict[int, Any] = {}
+
+    def get_vocab(self) -> dict[str, int]:
+        return {chr(token_id): token_id for token_id in range(SERVED.vocab_size)}
 
     def encode(self, text: str) -> list[int]:
         assert len(text) <= 2000 or self.may_read.wait(20)

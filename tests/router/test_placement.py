@@ -94,7 +94,7 @@ def test_served_whole_on_one_worker() -> None:
     router = make_router("d-0")
     found = plan(router)
     assert (found.prefill.worker_id, found.decode) == ("d-0", None)
-    assert found.prefill_reason.startswith("no prefill worker is up; most room of 1")
+    assert found.prefill_reason.startswith("no prefill worker is up; most room: 100")
     router = make_router("p-0", "d-0")
     assert plan(router, max_tokens=1).decode is None
 

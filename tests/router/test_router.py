@@ -146,10 +146,10 @@ def test_a_clients_id_is_unique_while_in_flight() -> None:
     refused = failure(router.on(arrived("r2", PROMPT, client_id="mine"), 0.0))
     assert (refused.request_id, refused.code) == ("r2", "ALREADY_EXISTS")
     assert refused.message == "request_id 'mine' is in flight already"
-    assert router.find("", "mine") == "r1"
+    assert router.find("", "mine") == ("r1",)
     router.on(ClientCancelled("r1"), 0.0)
     assert router.on(arrived("r3", PROMPT, client_id="mine"), 0.0)
-    assert router.find("", "mine") == "r3"
+    assert router.find("", "mine") == ("r3",)
 
 
 def test_the_number_in_flight_is_bounded() -> None:

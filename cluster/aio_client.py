@@ -1,0 +1,131 @@
+"""The asynchronous client: as client.py, for asyncio. Cancelling a task that awaits it ends the request."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from collections.abc import AsyncGenerator, Callable
+from typing import Any
+
+import grpc
+
+from cluster import client_messages as messages
+from cluster.client import (
+    ANSWER_TIMEOUT_S,
+    DEFAULT_RETRY,
+    DEFAULT_SAMPLING,
+    GENERATE_TIMEOUT_S,
+    T,
+    make_call,
+    was_found,
+)
+from cluster.client_types import (
+    CallFailed,
+    Chunk,
+    Completion,
+    ModelInfo,
+    Prompt,
+    RetryPolicy,
+    Route,
+    Sampling,
+    ServerInfo,
+    Status,
+    WorkerLoad,
+)
+from cluster.generation import Generation
+from protos import inference_pb2 as pb
+from protos import inference_pb2_grpc as pb_grpc
+
+
+class AsyncClient:
+    """Errors are CallFailed. Belongs to the event loop that it was made on."""
+
+    def __init__(self, address: str, retry: RetryPolicy = DEFAULT_RETRY) -> None:
+        self.address = address
+        self._retry = retry
+        self._channel = grpc.aio.insecure_channel(address, options=messages.CHANNEL_OPTIONS)
+        self._inference = pb_grpc.InferenceStub(self._channel)
+        self._cluster = pb_grpc.ClusterStub(self._channel)
+
+    async def __aenter__(self) -> AsyncClient:
+        return self
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        await self._channel.close()
+
+    # --- generation -----------------------------------------------------------------------------------------------
+
+    async def stream(
+        self,
+        prompt: Prompt,
+        sampling: Sampling = DEFAULT_SAMPLING,
+        *,
+        request_id: str = "",
+        priority: int = 0,
+        timeout_s: float = GENERATE_TIMEOUT_S,
+    ) -> AsyncGenerator[Chunk]:
+        """As Client.stream. One that is left before its end should be closed (contextlib.aclosing): the request goes on
+        until it is."""
+        call = make_call(prompt, sampling, request_id, priority)
+        generation, deadline_at = Generation(call, self._retry, random.random), time.monotonic() + timeout_s
+        while not generation.is_done:
+            attempt = self._read(generation, deadline_at)
+            try:
+                async for chunk in attempt:
+                    yield chunk
+            except CallFailed as failure:
+                if not generation.is_done:
+                    await asyncio.sleep(generation.retry_wait_s(failure, time.monotonic(), deadline_at))
+            finally:
+                await attempt.aclose()
+
+    async def generate(self, prompt: Prompt, sampling: Sampling = DEFAULT_SAMPLING, **options: Any) -> Completion:
+        return (await self.choices(prompt, sampling, **options))[0]
+
+    async def choices(self, prompt: Prompt, sampling: Sampling = DEFAULT_SAMPLING, **options: Any) -> list[Completion]:
+        found = [chunk.completion async for chunk in self.stream(prompt, sampling, **options) if chunk.completion]
+        return sorted(found, key=lambda completion: completion.choice_index)
+
+    async def abort(self, request_id: str) -> bool:
+        return await self._ask(self._inference.Abort, pb.AbortRequest(request_id=request_id), was_found)
+
+    async def _read(self, generation: Generation, deadline_at: float) -> AsyncGenerator[Chunk]:
+        request = messages.request_of(generation.call())
+        call = self._inference.Generate(request, timeout=max(0.0, deadline_at - time.monotonic()))
+        try:
+            async for response in call:
+                yield generation.take(messages.chunk_of(response))
+        except grpc.RpcError as error:
+            raise messages.failure_of(error) from error
+        finally:
+            call.cancel()
+        if not generation.is_done:
+            raise CallFailed("INTERNAL", "the stream ended before its last word")
+
+    # --- operators ------------------------------------------------------------------------------------------------
+
+    async def explain_route(self, prompt: Prompt, sampling: Sampling = DEFAULT_SAMPLING) -> Route:
+        request = messages.request_of(make_call(prompt, sampling))
+        return await self._ask(self._inference.ExplainRoute, request, messages.route_of)
+
+    async def status(self) -> Status:
+        return await self._ask(self._cluster.GetStatus, pb.GetStatusRequest(), messages.status_of)
+
+    async def loads(self) -> tuple[WorkerLoad, ...]:
+        return await self._ask(self._inference.GetLoads, pb.GetLoadsRequest(), messages.loads_of)
+
+    async def model_info(self) -> ModelInfo:
+        return await self._ask(self._inference.GetModelInfo, pb.GetModelInfoRequest(), messages.model_info_of)
+
+    async def server_info(self) -> ServerInfo:
+        return await self._ask(self._inference.GetServerInfo, pb.GetServerInfoRequest(), messages.server_info_of)
+
+    async def _ask(self, method: Any, request: object, read: Callable[[Any], T]) -> T:
+        try:
+            return read(await method(request, timeout=ANSWER_TIMEOUT_S))
+        except grpc.RpcError as error:
+            raise messages.failure_of(error) from error

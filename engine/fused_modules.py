@@ -1,0 +1,126 @@
+"""Faster layers for a loaded model: fewer and larger products, norms and rotations in fewer passes.
+
+They compute what transformers' own layers compute. Families whose layers are not listed here keep theirs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+from transformers import PreTrainedModel
+from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP, LlamaRMSNorm
+from transformers.models.mistral.modeling_mistral import MistralAttention, MistralMLP, MistralRMSNorm
+from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention, Qwen2MLP, Qwen2RMSNorm
+from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention, Qwen3MLP, Qwen3RMSNorm
+
+from engine.attention import paged_attention
+
+
+def fuse(model: PreTrainedModel) -> None:
+    """Replace the layers that have a faster form, in place."""
+    for module in reversed(list(model.modules())):  # inner ones first: the outer ones take them over
+        for name, child in list(module.named_children()):
+            if make := _FUSED.get(type(child)):
+                setattr(module, name, make(child))
+
+
+class FusedRMSNorm(nn.Module):
+    def __init__(self, norm: Any) -> None:
+        super().__init__()
+        self.weight = norm.weight
+        self._eps: float = norm.variance_epsilon
+
+    def forward(self, rows: torch.Tensor) -> torch.Tensor:
+        return functional.rms_norm(rows, self.weight.shape, self.weight, self._eps)
+
+
+class FusedMLP(nn.Module):
+    """Gate and up in one product."""
+
+    def __init__(self, mlp: Any) -> None:
+        super().__init__()
+        self.gate_up_proj = merged_linear(mlp.gate_proj, mlp.up_proj)
+        self.down_proj = mlp.down_proj
+        self._activation: Callable[[torch.Tensor], torch.Tensor] = mlp.act_fn
+
+    def forward(self, rows: torch.Tensor) -> torch.Tensor:
+        gate, up = self.gate_up_proj(rows).chunk(2, dim=-1)
+        down: torch.Tensor = self.down_proj(self._activation(gate).mul_(up))
+        return down
+
+
+class FusedAttention(nn.Module):
+    """Queries, keys and values in one product, queries and keys rotated together."""
+
+    def __init__(self, attention: Any) -> None:
+        super().__init__()
+        self.qkv_proj = merged_linear(attention.q_proj, attention.k_proj, attention.v_proj)
+        self.o_proj = attention.o_proj
+        self.q_norm, self.k_norm = getattr(attention, "q_norm", None), getattr(attention, "k_norm", None)
+        self.layer_idx: int = attention.layer_idx
+        self._head_dim: int = attention.head_dim
+        self._num_heads: int = attention.q_proj.out_features // attention.head_dim
+        self._num_kv_heads: int = attention.k_proj.out_features // attention.head_dim
+        self._scaling: float = attention.scaling
+        # Mistral's layers read it from the config, Qwen's know their own; to Llama the config's would mean nothing.
+        owner = attention.config if isinstance(attention, MistralAttention) else attention
+        self._sliding_window: int | None = getattr(owner, "sliding_window", None)
+
+    def forward(
+        self, hidden_states: torch.Tensor, position_embeddings: tuple[torch.Tensor, torch.Tensor], **kwargs: Any
+    ) -> tuple[torch.Tensor, None]:
+        """hidden_states: [1, num_rows, hidden_size]; position_embeddings: cosines, sines, [1, num_rows, head_dim]."""
+        heads = self.qkv_proj(hidden_states).unflatten(-1, (-1, self._head_dim))  # [1, num_rows, all heads, head_dim]
+        num_rotated = self._num_heads + self._num_kv_heads
+        rotated = rotate(self._normed(heads[:, :, :num_rotated]), *position_embeddings)
+        attended, _ = paged_attention(
+            self,
+            rotated[:, :, : self._num_heads].transpose(1, 2),
+            rotated[:, :, self._num_heads :].transpose(1, 2),
+            heads[:, :, num_rotated:].transpose(1, 2),
+            kwargs.pop("attention_mask"),
+            scaling=self._scaling,
+            sliding_window=self._sliding_window,
+            **kwargs,
+        )
+        return self.o_proj(attended.flatten(2)), None
+
+    def _normed(self, heads: torch.Tensor) -> torch.Tensor:
+        """Qwen 3 norms queries and keys, each with weights of its own."""
+        if self.q_norm is None or self.k_norm is None:
+            return heads
+        queries, keys = heads[:, :, : self._num_heads], heads[:, :, self._num_heads :]
+        return torch.cat((self.q_norm(queries), self.k_norm(keys)), dim=2)
+
+
+def rotate(heads: torch.Tensor, cosines: torch.Tensor, sines: torch.Tensor) -> torch.Tensor:
+    """Rotary position embedding (Su et al. 2021), by halves: dimension i turns with i + head_dim / 2.
+
+    heads: [1, num_rows, num_heads, head_dim]; cosines, sines: [1, num_rows, head_dim], the two halves alike."""
+    half = heads.shape[-1] // 2
+    cos, sin = cosines[..., None, :half], sines[..., None, :half]
+    first, second = heads[..., :half], heads[..., half:]
+    out = torch.empty_like(heads, memory_format=torch.contiguous_format)
+    torch.sub(first * cos, second * sin, out=out[..., :half])
+    torch.add(second * cos, first * sin, out=out[..., half:])
+    return out
+
+
+def merged_linear(*linears: nn.Linear) -> nn.Linear:
+    """One product that gives the outputs of all of them, side by side."""
+    weight = torch.cat([linear.weight.detach() for linear in linears])
+    merged = nn.Linear(weight.shape[1], weight.shape[0], bias=linears[0].bias is not None, device="meta")
+    merged.weight = nn.Parameter(weight, requires_grad=False)
+    if linears[0].bias is not None:
+        merged.bias = nn.Parameter(torch.cat([linear.bias.detach() for linear in linears]), requires_grad=False)
+    return merged
+
+
+_FUSED: dict[type[nn.Module], Callable[[nn.Module], nn.Module]] = {
+    **dict.fromkeys((LlamaRMSNorm, MistralRMSNorm, Qwen2RMSNorm, Qwen3RMSNorm), FusedRMSNorm),
+    **dict.fromkeys((LlamaMLP, MistralMLP, Qwen2MLP, Qwen3MLP), FusedMLP),
+    **dict.fromkeys((LlamaAttention, MistralAttention, Qwen2Attention, Qwen3Attention), FusedAttention),
+}

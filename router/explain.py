@@ -1,0 +1,41 @@
+"""Where a request would go now, and why: the same planner as for a real one, and what it saw of every worker. Reads the
+view, changes nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from router.cluster_view import ClusterView
+from router.config import RouterConfig
+from router.placement import Planner
+from router.policy import Candidate
+
+
+@dataclass(frozen=True, slots=True)
+class Explanation:
+    """`decode_worker` is empty where the worker that prefills also decodes, both are where no worker is up."""
+
+    prefill_candidates: tuple[Candidate, ...]
+    decode_candidates: tuple[Candidate, ...]
+    home_worker_ids: tuple[str, ...]
+    prefill_worker: str
+    prefill_reason: str
+    decode_worker: str
+    decode_reason: str
+
+
+def explain(
+    config: RouterConfig, view: ClusterView, links: Sequence[bytes], num_tokens: int, num_remaining_tokens: int
+) -> Explanation:
+    plan = Planner(config, view).plan(links, num_tokens, num_remaining_tokens)
+    waits = f"no worker is up; the request would wait {config.max_wait_s:g} s for one"
+    return Explanation(
+        prefill_candidates=tuple(view.candidate(worker, links, num_tokens) for worker in view.prefill_workers()),
+        decode_candidates=tuple(view.candidate(worker, links, num_tokens) for worker in view.decode_workers()),
+        home_worker_ids=view.home_worker_ids(links),
+        prefill_worker=plan.prefill.worker_id if plan else "",
+        prefill_reason=plan.prefill_reason if plan else waits,
+        decode_worker=plan.decode.worker_id if plan and plan.decode else "",
+        decode_reason=plan.decode_reason if plan else "",
+    )
