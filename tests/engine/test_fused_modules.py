@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from array import array
 from pathlib import Path
 
@@ -48,6 +49,15 @@ def test_fused_layers_compute_what_they_replace(family: str, window: int | None,
     assert kinds.count(FusedRMSNorm) == (13 if family == "qwen3" else 7)
     assert not any(isinstance(module, FusedAttention) for module in plain.model.modules())
     torch.testing.assert_close(logits_of(fused), logits_of(plain), rtol=1e-4, atol=1e-4)
+
+
+def test_a_window_that_means_nothing_to_the_family_is_ignored(tmp_path: Path) -> None:
+    path = save_tiny_model(tmp_path, "llama")
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(config | {"sliding_window": 9}))
+    torch.testing.assert_close(
+        logits_of(load_model(path)), logits_of(load_model(path, fused=False)), rtol=1e-4, atol=1e-4
+    )
 
 
 def test_biases_are_merged_too(tmp_path: Path) -> None:
