@@ -17,7 +17,7 @@ class Refusal:
     retry_after_s: float
 
 
-def refusal(
+def early_refusal(
     config: RouterConfig,
     num_tokens: int,
     priority: int,

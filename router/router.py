@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import assert_never
 
 from protos.types import Abort, FinishReason, Handoff, HandoffRefused, Logprobs, PeerRef, Retarget, TokenOutput
-from router.admission import Refusal, refusal
+from router.admission import Refusal, early_refusal
 from router.cluster_view import ClusterView, WorkerView
 from router.commit_log import CommitLog
 from router.config import RouterConfig
@@ -112,7 +112,7 @@ class Router:
         prefill, decoding = (
             self.view.candidate(view, in_flight.links, num_tokens) for view in (plan.prefill, plan.decoding_worker)
         )
-        return refusal(self._config, num_tokens, request.priority, request.deadline_s, prefill, decoding)
+        return early_refusal(self._config, num_tokens, request.priority, request.deadline_s, prefill, decoding)
 
     def _refuse(self, event: Arrived, code: str, message: str, retry_after_s: float | None = None) -> Fail:
         self.statistics.num_failed += 1
