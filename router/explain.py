@@ -14,7 +14,8 @@ from router.policy import Candidate
 
 @dataclass(frozen=True, slots=True)
 class Explanation:
-    """`decode_worker` is empty where the worker that prefills also decodes, both are where no worker is up."""
+    """`decode_worker` is empty where the worker that prefills also decodes; both are where no worker is up, and where
+    the request would be refused."""
 
     prefill_candidates: tuple[Candidate, ...]
     decode_candidates: tuple[Candidate, ...]
@@ -26,16 +27,25 @@ class Explanation:
 
 
 def explain(
-    config: RouterConfig, view: ClusterView, links: Sequence[bytes], num_tokens: int, num_remaining_tokens: int
+    config: RouterConfig,
+    view: ClusterView,
+    links: Sequence[bytes],
+    num_tokens: int,
+    num_remaining_tokens: int,
+    priority: int = 0,
+    deadline_s: float | None = None,
 ) -> Explanation:
-    plan = Planner(config, view).plan(links, num_tokens, num_remaining_tokens)
-    waits = f"no worker is up; the request would wait {config.max_wait_s:g} s for one"
+    planner = Planner(config, view)
+    plan = planner.plan(links, num_tokens, num_remaining_tokens)
+    reason = plan.prefill_reason if plan else f"no worker is up; the request would wait {config.max_wait_s:g} s for one"
+    if plan and (refused := planner.refusal(plan, links, num_tokens, priority, deadline_s)):
+        plan, reason = None, f"refused now: {refused.message}"
     return Explanation(
         prefill_candidates=tuple(view.candidate(worker, links, num_tokens) for worker in view.prefill_workers()),
         decode_candidates=tuple(view.candidate(worker, links, num_tokens) for worker in view.decode_workers()),
         home_worker_ids=view.home_worker_ids(links),
         prefill_worker=plan.prefill.worker_id if plan else "",
-        prefill_reason=plan.prefill_reason if plan else waits,
+        prefill_reason=reason,
         decode_worker=plan.decode.worker_id if plan and plan.decode else "",
         decode_reason=plan.decode_reason if plan else "",
     )

@@ -105,7 +105,15 @@ class FrontDoor(InferenceServicer):
         request = arrived.request
         num_remaining_tokens = request.sampling_params.max_tokens - request.num_committed_tokens
         view = self._driver.router.view
-        explanation = explain(self._config, view, arrived.links, len(request.token_ids), num_remaining_tokens)
+        explanation = explain(
+            self._config,
+            view,
+            arrived.links,
+            len(request.token_ids),
+            num_remaining_tokens,
+            request.priority,
+            request.deadline_s,
+        )
         return explain_response(explanation, request.num_prompt_tokens, len(request.token_ids))
 
     async def GetLoads(self, message: pb.GetLoadsRequest, context: object) -> pb.GetLoadsResponse:

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
+from router.admission import Refusal, early_refusal
 from router.cluster_view import ClusterView, WorkerView
 from router.config import RouterConfig
 from router.policy import Choice, DualMap, LeastPending, MostFreeBlocks, Policy
@@ -54,6 +55,15 @@ class Planner:
         decode, decode_reason = self._plan_decode(prefill, links, num_tokens, num_remaining_tokens)
         num_cached_tokens = self._view.candidate(prefill, links, num_tokens).num_cached_tokens
         return Plan(prefill, reason, decode, decode_reason, home, num_cached_tokens)
+
+    def refusal(
+        self, plan: Plan, links: Sequence[bytes], num_tokens: int, priority: int, deadline_s: float | None
+    ) -> Refusal | None:
+        """Why a new request is not to be taken now, although this is the best place for it."""
+        prefill, decoding = (
+            self._view.candidate(view, links, num_tokens) for view in (plan.prefill, plan.decoding_worker)
+        )
+        return early_refusal(self._config, num_tokens, priority, deadline_s, prefill, decoding)
 
     def choose_decode(
         self, prefill: WorkerView, links: Sequence[bytes], num_tokens: int, refused: Collection[str]

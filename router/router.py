@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from typing import assert_never
 
 from protos.types import Abort, FinishReason, Handoff, HandoffRefused, Logprobs, PeerRef, Retarget, TokenOutput
-from router.admission import Refusal, early_refusal
 from router.cluster_view import ClusterView, WorkerView
 from router.commit_log import CommitLog
 from router.config import RouterConfig
@@ -101,18 +100,15 @@ class Router:
         template = replace(request, token_ids=prompt)
         in_flight = InFlight(template, event.links, log, arrived_at, event.beside, waiting_since=now)
         plan = self._plan(in_flight)
-        if plan and not event.beside and (refused := self._refusal(in_flight, plan)):
-            return [self._refuse(event, "RESOURCE_EXHAUSTED", refused.message, refused.retry_after_s)]
+        if plan and not event.beside:
+            refused = self._planner.refusal(
+                plan, event.links, in_flight.num_tokens, request.priority, request.deadline_s
+            )
+            if refused:
+                return [self._refuse(event, "RESOURCE_EXHAUSTED", refused.message, refused.retry_after_s)]
         self._in_flight[request.request_id] = in_flight
         self._by_client_id.setdefault(client_key, []).append(request.request_id)
         return self._start_attempt(in_flight, plan, now) if plan else []
-
-    def _refusal(self, in_flight: InFlight, plan: Plan) -> Refusal | None:
-        num_tokens, request = in_flight.num_tokens, in_flight.template
-        prefill, decoding = (
-            self.view.candidate(view, in_flight.links, num_tokens) for view in (plan.prefill, plan.decoding_worker)
-        )
-        return early_refusal(self._config, num_tokens, request.priority, request.deadline_s, prefill, decoding)
 
     def _refuse(self, event: Arrived, code: str, message: str, retry_after_s: float | None = None) -> Fail:
         self.statistics.num_failed += 1

@@ -12,17 +12,21 @@ import subprocess
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import Result
+from typer.testing import CliRunner
 
 from cluster.aio_client import AsyncClient
+from cluster.cli import app
 from cluster.client import Client
 from cluster.client_types import CallFailed, Completion, Message, RetryPolicy, Sampling
 from protos.types import FinishReason, ServingMode
 from tests.cluster.cutting_proxy import cutting
-from tests.cluster.server import PATIENT, Server, eventually, serving
+from tests.cluster.server import PATIENT, START_TIMEOUT_S, Server, eventually, serving
 from tests.tiny_models import save_tiny_model
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
@@ -98,8 +102,25 @@ def test_what_operators_ask(client: Client, server: Server) -> None:
     route = client.explain_route(PROMPT, GREEDY)
     placed = client.generate(PROMPT, GREEDY).placement
     assert (route.prefill_worker, route.decode_worker) == (placed.prefill_worker, placed.decode_worker)
-    assert (route.prefill_reason, route.decode_reason) == (placed.prefill_reason, placed.decode_reason)
+    assert (route.prefill_reason[:8], route.decode_reason[:9]) == ("affinity", "most room")  # the rest moves with load
     assert not client.abort("nobody")
+
+
+def test_the_command_line(server: Server) -> None:
+    def twinring(*arguments: str) -> Result:
+        return CliRunner().invoke(app, [*arguments, "--address", server.address], env={"COLUMNS": "300"})
+
+    options = ("--max-tokens", "20", "--temperature", "0")
+    as_chat = twinring("generate", "hi", "--chat", *options)
+    as_text = twinring("generate", "<|user|>hi<|assistant|>", *options)
+    assert as_chat.exit_code == as_text.exit_code == 0, as_chat.stderr
+    assert as_chat.stdout == as_text.stdout
+    route = json.loads(twinring("explain", "hi", "--json").stdout)
+    assert (route["prefill_worker"], route["decode_worker"], route["prompt_tokens"]) == ("prefill-0", "decode-0", 2)
+    shown = twinring("explain", "hi", "--chat").stdout
+    assert f"prefill on prefill-0: {route['prefill_reason'][:8]}" in shown
+    refused = twinring("explain", "")
+    assert (refused.exit_code, "INVALID_ARGUMENT: text" in refused.stderr) == (1, True)
 
 
 # --- lost connections ---------------------------------------------------------------------------------------------
@@ -153,29 +174,33 @@ def test_a_server_that_is_not_there_yet_is_waited_for(server: Server) -> None:
 
 def test_a_stream_outlives_its_server(model: Path, tmp_path: Path, client: Client) -> None:
     """The whole server stops in mid-stream; a new one, at the same address, goes on with the client's stream."""
-    sampling = Sampling(max_tokens=1500, temperature=1.0, seed=5, ignore_eos=True)
+    sampling = Sampling(max_tokens=1700, temperature=1.0, seed=5, ignore_eos=True)
     unfaulted = client.generate(PROMPT, sampling)
-    found: list[Completion] = []
     has_begun = threading.Event()
 
-    def read(address: str) -> None:
-        with Client(address, RetryPolicy(give_up_after_s=90.0)) as other:
-            for chunk in other.stream(PROMPT, sampling, timeout_s=200):
+    def read(address: str) -> Completion | None:
+        completion = None
+        with Client(address, RetryPolicy(give_up_after_s=START_TIMEOUT_S)) as other:
+            for chunk in other.stream(PROMPT, sampling, timeout_s=2 * START_TIMEOUT_S):
                 has_begun.set()
-                found.extend([chunk.completion] if chunk.completion else [])
+                completion = chunk.completion
+        return completion
 
-    with serving(tmp_path, "--model", str(model), settings=PATIENT) as first:
-        address = first.address
-        reader = threading.Thread(target=read, args=(address,))
-        reader.start()
-        assert has_begun.wait(30)
-        first.stop()
-        second_folder = tmp_path / "second"
-        second_folder.mkdir()
-        with serving(second_folder, "--model", str(model), "--listen", address, settings=PATIENT):
-            reader.join(60)
-    assert found and found[0].num_resumes == 1
-    assert (found[0].token_ids, found[0].text) == (unfaulted.token_ids, unfaulted.text)
+    options = ["--model", str(model), *(option for setting in PATIENT for option in ("--set", setting))]
+    first = Server(options, tmp_path / "first.log")
+    with ThreadPoolExecutor(1) as threads:
+        try:
+            first.wait_ready()
+            reading = threads.submit(read, first.address)
+            assert has_begun.wait(30)
+        finally:
+            first.stop()
+        assert not reading.done()
+        with serving(tmp_path, "--model", str(model), "--listen", first.address):
+            resumed = reading.result(60)
+    assert resumed is not None
+    assert resumed.num_resumes >= 1
+    assert (resumed.token_ids, resumed.text) == (unfaulted.token_ids, unfaulted.text)
 
 
 # --- ends before the end ------------------------------------------------------------------------------------------
