@@ -37,17 +37,16 @@ Seconds = Callable[[list[list[int]]], float]
 
 def run(quick: bool) -> list[Figure]:
     torch.set_num_threads(NUM_THREADS)
-    num_new_tokens = 8 if quick else NUM_NEW_TOKENS
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
         save_random_model(folder)
-        ours = twinring_engine(load_model(folder, "bfloat16"), num_new_tokens, MAX_NUM_BATCHED_TOKENS)
-        plain = padded_generate(load_plain(folder, torch.bfloat16), num_new_tokens)
+        ours = twinring_engine(load_model(folder, "bfloat16"), NUM_NEW_TOKENS, MAX_NUM_BATCHED_TOKENS)
+        plain = padded_generate(load_plain(folder, torch.bfloat16), NUM_NEW_TOKENS)
         engines = {"twinring": _seconds_of(ours), "transformers": _seconds_of(plain)}
         if python := os.environ.get(VLLM_PYTHON):
-            engines["vllm"] = stack.enter_context(vllm(python, folder, num_new_tokens))
+            engines["vllm"] = stack.enter_context(vllm(python, folder, NUM_NEW_TOKENS))
         figures = []
         for num_streams in STREAMS:
-            figures += measure(engines, num_streams, runs=1 if quick else 3)
+            figures += measure(engines, num_streams, runs=1 if quick else 5)
     model = f"28 M bfloat16 Llama, {NUM_THREADS} threads"
     peer = "" if "vllm" in engines else f"; vLLM was not there: {VLLM_PYTHON} is not set"
     return [replace(figures[0], note=model + peer), *figures[1:]]
