@@ -52,7 +52,7 @@ class Benchmark(Protocol):
 
 
 def benchmark_names() -> list[str]:
-    modules = (module.name for module in iter_modules([str(Path(__file__).parent)]))
+    modules = (module.name for module in iter_modules([str(Path(__file__).parent)]) if not module.ispkg)
     return sorted(name for name in modules if name != "harness" and not name.startswith("_"))
 
 

@@ -198,7 +198,7 @@ class Client:
 def serving(settings: tuple[str, ...] = ()) -> Iterator[str]:
     """The address of a ready cluster, one prefill and one decode worker, with further settings."""
     options = [option for setting in (*SETTINGS, *settings) for option in ("--set", setting)]
-    command = [sys.executable, "-m", "cluster.cli", "serve", "--listen", "127.0.0.1:0", *options]
+    command = [sys.executable, "-m", "cluster.cli", "serve", "--listen", "127.0.0.1:0", "--http", "", *options]
     server = subprocess.Popen(command, stderr=subprocess.DEVNULL)
     try:
         yield wait_for(server)

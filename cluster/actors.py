@@ -4,6 +4,8 @@ cluster/supervisor.py."""
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Awaitable
+from dataclasses import replace
 from typing import Any
 
 from cluster.config import RayConfig
@@ -17,18 +19,30 @@ from protos.types import Role
 
 PROGRESS_INTERVAL_S = 0.3
 KILL_GRACE_S = 1.0
+AUTO = "auto"
 
 
 class PrefillActor(PrefillWorker):
     def __init__(self, spec: WorkerSpec, transfer: TransferConfig, log_level: str) -> None:
         configure_logging(log_level)
-        super().__init__(spec, transfer)
+        super().__init__(*bound_to_this_node(spec, transfer))
 
 
 class DecodeActor(DecodeWorker):
     def __init__(self, spec: WorkerSpec, transfer: TransferConfig, log_level: str) -> None:
         configure_logging(log_level)
-        super().__init__(spec, transfer)
+        super().__init__(*bound_to_this_node(spec, transfer))
+
+
+def bound_to_this_node(spec: WorkerSpec, transfer: TransferConfig) -> tuple[WorkerSpec, TransferConfig]:
+    """With the node's own IP in place of `auto`: it is known only where the actor runs."""
+    import ray
+
+    if spec.bind_host == AUTO:
+        spec = replace(spec, bind_host=ray.util.get_node_ip_address())
+    if transfer.bind_host == AUTO:
+        transfer = replace(transfer, bind_host=ray.util.get_node_ip_address())
+    return spec, transfer
 
 
 class ActorHandle:
@@ -39,6 +53,7 @@ class ActorHandle:
 
         self.spec = spec
         self._config = config
+        resource = config.resource_of(spec.role)
         actor = PrefillActor if spec.role is Role.PREFILL else DecodeActor
         self._actor: Any = (
             ray.remote(actor)
@@ -46,6 +61,7 @@ class ActorHandle:
                 name=f"twinring-{spec.worker_id}-{spec.incarnation}",
                 num_cpus=config.num_cpus_per_worker,
                 num_gpus=config.num_gpus_per_worker,
+                resources={resource: 1} if resource else None,
                 max_restarts=0,
                 max_task_retries=0,
             )
@@ -57,10 +73,10 @@ class ActorHandle:
         return str(await asyncio.wait_for(self._actor.progress.remote(), self._config.start_timeout_s))
 
     async def load(self) -> None:
-        await asyncio.wait_for(self._actor.load.remote(), self._config.load_timeout_s)
+        await _answer(self._actor.load.remote(), self._config.load_timeout_s)
 
     async def serve(self) -> WorkerReady:
-        ready = await asyncio.wait_for(self._actor.serve.remote(), self._config.start_timeout_s)
+        ready = await _answer(self._actor.serve.remote(), self._config.start_timeout_s)
         assert isinstance(ready, WorkerReady)
         return ready
 
@@ -71,3 +87,13 @@ class ActorHandle:
         import ray
 
         ray.kill(self._actor, no_restart=True)
+
+
+async def _answer(call: Awaitable[Any], timeout_s: float) -> Any:
+    """An actor's own error is raised as it was there; Ray's wrapping of it would read as a remote traceback."""
+    from ray.exceptions import RayTaskError
+
+    try:
+        return await asyncio.wait_for(call, timeout_s)
+    except RayTaskError as error:
+        raise error.cause from error

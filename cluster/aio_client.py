@@ -16,11 +16,13 @@ from cluster.client import (
     DEFAULT_RETRY,
     DEFAULT_SAMPLING,
     GENERATE_TIMEOUT_S,
+    OPEN,
     T,
     make_call,
     was_found,
 )
 from cluster.client_types import (
+    Access,
     CallFailed,
     Chunk,
     Completion,
@@ -41,10 +43,16 @@ from protos import inference_pb2_grpc as pb_grpc
 class AsyncClient:
     """Errors are CallFailed. Belongs to the event loop that it was made on."""
 
-    def __init__(self, address: str, retry: RetryPolicy = DEFAULT_RETRY) -> None:
+    def __init__(self, address: str, retry: RetryPolicy = DEFAULT_RETRY, access: Access = OPEN) -> None:
         self.address = address
         self._retry = retry
-        self._channel = grpc.aio.insecure_channel(address, options=messages.CHANNEL_OPTIONS)
+        self._metadata = messages.metadata_of(access)
+        credentials = messages.credentials_of(access)
+        self._channel = (
+            grpc.aio.insecure_channel(address, messages.CHANNEL_OPTIONS)
+            if credentials is None
+            else grpc.aio.secure_channel(address, credentials, messages.CHANNEL_OPTIONS)
+        )
         self._inference = pb_grpc.InferenceStub(self._channel)
         self._cluster = pb_grpc.ClusterStub(self._channel)
 
@@ -95,7 +103,8 @@ class AsyncClient:
 
     async def _read(self, generation: Generation, deadline_at: float) -> AsyncGenerator[Chunk]:
         request = messages.request_of(generation.call())
-        call = self._inference.Generate(request, timeout=max(0.0, deadline_at - time.monotonic()))
+        timeout_s = max(0.0, deadline_at - time.monotonic())
+        call = self._inference.Generate(request, timeout=timeout_s, metadata=self._metadata)
         try:
             async for response in call:
                 yield generation.take(messages.chunk_of(response))
@@ -126,6 +135,6 @@ class AsyncClient:
 
     async def _ask(self, method: Any, request: object, read: Callable[[Any], T]) -> T:
         try:
-            return read(await method(request, timeout=ANSWER_TIMEOUT_S))
+            return read(await method(request, timeout=ANSWER_TIMEOUT_S, metadata=self._metadata))
         except grpc.RpcError as error:
             raise messages.failure_of(error) from error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json as json_format
 import os
+import secrets
 import signal
 import sys
 import time
@@ -14,11 +15,13 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from bench.load.command import bench_app
 from cluster import show
 from cluster.client import Client
-from cluster.client_types import CallFailed, Message, Prompt, Sampling
+from cluster.client_types import Access, CallFailed, Message, Prompt, Sampling
 from cluster.config import load_config
 from cluster.run_state import is_alive, running_servers
+from cluster.tenants import hash_of
 
 app = typer.Typer(
     help="Serves large language models with prefill and decode in separate pools.",
@@ -26,11 +29,17 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.add_typer(bench_app, name="bench")
 console = Console(stderr=True)
 
 STOP_TIMEOUT_S = 20.0
+TOKEN_NBYTES = 32
 
 Chat = Annotated[bool, typer.Option("--chat", help="Send it as a user's message, by the model's chat template.")]
+Token = Annotated[str | None, typer.Option(envvar="TWINRING_TOKEN", help="A tenant's token.", show_envvar=True)]
+Ca = Annotated[
+    str | None, typer.Option(envvar="TWINRING_CA", help="PEM file to trust: the server has TLS.", show_envvar=True)
+]
 Address = Annotated[str | None, typer.Option(help="host:port of a server; default: the one running on this machine.")]
 
 
@@ -60,7 +69,8 @@ def serve(
     prefill: Annotated[int | None, typer.Option(help="Number of prefill workers.")] = None,
     decode: Annotated[int | None, typer.Option(help="Number of decode workers.")] = None,
     mode: Annotated[str | None, typer.Option(help="disaggregated or colocated.")] = None,
-    listen: Annotated[str | None, typer.Option(help="host:port of the front door; port 0 takes a free one.")] = None,
+    listen: Annotated[str | None, typer.Option(help="host:port for gRPC; port 0 takes a free one.")] = None,
+    http: Annotated[str | None, typer.Option(help="host:port for the OpenAI API and /ui; empty turns it off.")] = None,
     address: Annotated[
         str | None, typer.Option(help="Ray cluster to join (default: RAY_ADDRESS, else a private one).")
     ] = None,
@@ -77,6 +87,7 @@ def serve(
         "num_decode": decode,
         "router.mode": mode,
         "router.listen": listen,
+        "router.http_listen": http,
         "ray.address": address,
         **dict(parse_setting(setting) for setting in set_ or []),
     }
@@ -103,6 +114,8 @@ def parse_setting(setting: str) -> tuple[str, object]:
 def generate(
     prompt: str,
     address: Address = None,
+    token: Token = None,
+    ca: Ca = None,
     chat: Chat = False,
     max_tokens: Annotated[int | None, typer.Option()] = 128,
     temperature: Annotated[float | None, typer.Option()] = None,
@@ -113,7 +126,7 @@ def generate(
 ) -> None:
     """Stream a completion; the request's account goes to standard error."""
     sampling = Sampling(max_tokens, temperature, top_p, top_k, seed, tuple(stop or ()))
-    with client_of(address) as client:
+    with client_of(address, token, ca) as client:
         try:
             for chunk in client.stream(as_prompt(prompt, chat), sampling):
                 print(chunk.text, end="", flush=True)
@@ -132,11 +145,13 @@ def as_prompt(text: str, is_chat: bool) -> Prompt:
 def explain(
     prompt: str,
     address: Address = None,
+    token: Token = None,
+    ca: Ca = None,
     chat: Chat = False,
     json: Annotated[bool, typer.Option("--json")] = False,
 ) -> None:
     """Show where a prompt would be served now, and why. Runs nothing."""
-    with client_of(address) as client:
+    with client_of(address, token, ca) as client:
         try:
             route = client.explain_route(as_prompt(prompt, chat))
         except CallFailed as error:
@@ -152,9 +167,14 @@ def explain(
 
 
 @app.command()
-def status(address: Address = None, json: Annotated[bool, typer.Option("--json")] = False) -> None:
+def status(
+    address: Address = None,
+    token: Token = None,
+    ca: Ca = None,
+    json: Annotated[bool, typer.Option("--json")] = False,
+) -> None:
     """Show workers, their blocks, and what happened lately."""
-    with client_of(address) as client:
+    with client_of(address, token, ca) as client:
         try:
             answer = client.status()
         except CallFailed as error:
@@ -180,22 +200,39 @@ def stop() -> None:
         raise fail("no server is running")
     for server in servers:
         os.kill(server.pid, signal.SIGTERM)
-    give_up_at = time.monotonic() + STOP_TIMEOUT_S
+    timeout_s = STOP_TIMEOUT_S + max(server.drain_timeout_s for server in servers)
+    give_up_at = time.monotonic() + timeout_s
     while alive := [server for server in servers if is_alive(server.pid)]:
         if time.monotonic() > give_up_at:
-            raise fail(f"process {alive[0].pid} did not stop within {STOP_TIMEOUT_S:g} s")
+            raise fail(f"process {alive[0].pid} did not stop within {timeout_s:g} s")
         time.sleep(0.1)
     for server in servers:
         console.print(f"stopped {server.address}", highlight=False)
 
 
-def client_of(address: str | None) -> Client:
+@app.command()
+def token(
+    name: Annotated[str, typer.Argument(help="The tenant's name.")],
+    operator: Annotated[bool, typer.Option("--operator", help="May read the cluster's state and metrics.")] = False,
+) -> None:
+    """Make a tenant's token: the token on standard output, its entry for tenants_file on standard error."""
+    secret = f"twr-{secrets.token_urlsafe(TOKEN_NBYTES)}"
+    print(secret)
+    entry = {"name": name, "token_sha256": hash_of(secret), "is_operator": operator}
+    console.print("under `tenants:` in tenants_file:", style="dim")
+    console.print(f"  - {json_format.dumps(entry)}", highlight=False, markup=False, soft_wrap=True)
+
+
+def client_of(address: str | None, token: str | None, ca: str | None) -> Client:
     if address is None:
         servers = running_servers()
         if not servers:
             raise fail("no server is running on this machine; start one with `twinring serve`, or give --address")
         address = servers[-1].address
-    return Client(address)
+    try:
+        return Client(address, access=Access(token, ca))
+    except OSError as error:
+        raise fail(f"--ca {ca}: {error}") from error
 
 
 def main() -> None:

@@ -15,6 +15,7 @@ import grpc
 
 from cluster import client_messages as messages
 from cluster.client_types import (
+    Access,
     Call,
     CallFailed,
     Chunk,
@@ -38,15 +39,22 @@ GENERATE_TIMEOUT_S = 600.0
 ANSWER_TIMEOUT_S = 5.0  # for all that generates nothing
 DEFAULT_SAMPLING = Sampling()
 DEFAULT_RETRY = RetryPolicy()
+OPEN = Access()
 
 
 class Client:
     """Errors are CallFailed, with the server's status and message. May be shared by threads."""
 
-    def __init__(self, address: str, retry: RetryPolicy = DEFAULT_RETRY) -> None:
+    def __init__(self, address: str, retry: RetryPolicy = DEFAULT_RETRY, access: Access = OPEN) -> None:
         self.address = address
         self._retry = retry
-        self._channel = grpc.insecure_channel(address, options=messages.CHANNEL_OPTIONS)
+        self._metadata = messages.metadata_of(access)
+        credentials = messages.credentials_of(access)
+        self._channel = (
+            grpc.insecure_channel(address, messages.CHANNEL_OPTIONS)
+            if credentials is None
+            else grpc.secure_channel(address, credentials, messages.CHANNEL_OPTIONS)
+        )
         self._inference = pb_grpc.InferenceStub(self._channel)
         self._cluster = pb_grpc.ClusterStub(self._channel)
 
@@ -97,7 +105,8 @@ class Client:
 
     def _read(self, generation: Generation, deadline_at: float) -> Generator[Chunk]:
         request = messages.request_of(generation.call())
-        call = self._inference.Generate(request, timeout=max(0.0, deadline_at - time.monotonic()))
+        timeout_s = max(0.0, deadline_at - time.monotonic())
+        call = self._inference.Generate(request, timeout=timeout_s, metadata=self._metadata)
         try:
             for response in call:
                 yield generation.take(messages.chunk_of(response))
@@ -129,7 +138,7 @@ class Client:
 
     def _ask(self, method: Any, request: object, read: Callable[[Any], T]) -> T:
         try:
-            return read(method(request, timeout=ANSWER_TIMEOUT_S))
+            return read(method(request, timeout=ANSWER_TIMEOUT_S, metadata=self._metadata))
         except grpc.RpcError as error:
             raise messages.failure_of(error) from error
 

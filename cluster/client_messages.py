@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import fields
+from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import grpc
 
 from cluster.client_types import (
+    Access,
     Call,
     CallFailed,
     Chunk,
@@ -47,6 +49,20 @@ CHANNEL_OPTIONS = (
     ("grpc.max_reconnect_backoff_ms", 1000),
 )
 PUSHBACK = "grpc-retry-pushback-ms"
+
+
+# --- access -------------------------------------------------------------------------------------------------------
+
+
+def credentials_of(access: Access) -> grpc.ChannelCredentials | None:
+    """None: without TLS. OSError where ca_file cannot be read."""
+    if access.ca_file is None and not access.tls:
+        return None
+    return grpc.ssl_channel_credentials(None if access.ca_file is None else Path(access.ca_file).read_bytes())
+
+
+def metadata_of(access: Access) -> tuple[tuple[str, str], ...]:
+    return () if access.token is None else (("authorization", f"Bearer {access.token}"),)
 
 
 # --- to the server ------------------------------------------------------------------------------------------------

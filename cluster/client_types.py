@@ -44,6 +44,15 @@ class Sampling:
 
 
 @dataclass(frozen=True, slots=True)
+class Access:
+    """How a server that is not open to everybody is reached."""
+
+    token: str | None = field(default=None, repr=False)  # of a tenant
+    ca_file: str | None = None  # PEM file with the certificates to trust, over TLS
+    tls: bool = False  # without ca_file: what the machine trusts
+
+
+@dataclass(frozen=True, slots=True)
 class RetryPolicy:
     """How long a client goes on when the server cannot be reached or has no room. The wait doubles from try to try."""
 

@@ -13,8 +13,10 @@ from typing import Any
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
+from cluster.tenants import FILE_VARIABLE, TOKENS_VARIABLE, parse_tokens, read_tenants_file
 from engine.worker_config import EngineConfig, LeaseConfig
 from kvtransfer.config import TransferConfig
+from protos.types import Role
 from router.config import RouterConfig
 
 DEMO_MODEL = str(Path(__file__).parent / "demo_model")
@@ -33,11 +35,21 @@ class RayConfig:
     """address None starts a private Ray on loopback; anything else joins that cluster."""
 
     address: str | None = None
+    join_as_node: bool = False  # start a Ray node without resources here: a Ray driver needs one on its own machine
+    prefill_resource: str | None = None  # custom Ray resource of which each prefill worker takes 1
+    decode_resource: str | None = None  # likewise for decode workers
     num_cpus_per_worker: float = 0.5
     num_gpus_per_worker: float = 0.0
-    schedule_timeout_s: float = 20.0  # for resources to appear in a joined cluster
+    schedule_timeout_s: float = 20.0  # for nodes to join, and show their resources, in a cluster that is joined
     start_timeout_s: float = 60.0  # for one actor to be placed and to import what it needs
     load_timeout_s: float = 600.0
+
+    def __post_init__(self) -> None:
+        if self.join_as_node and self.address in (None, "auto"):
+            raise ValueError(f"join_as_node needs ray.address as host:port of the cluster, not {self.address}")
+
+    def resource_of(self, role: Role) -> str | None:
+        return self.prefill_resource if role is Role.PREFILL else self.decode_resource
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -45,8 +57,13 @@ class ServeConfig:
     num_prefill: int = 1
     num_decode: int = 1
     replace_dead_workers: bool = True
+    tenants_file: str | None = (
+        None  # YAML file with who may call; None: TWINRING_TENANTS_FILE or TWINRING_TOKENS, if set
+    )
     hub_cache: str | None = None  # folder of the Hugging Face cache; None: as HF_HUB_CACHE and HF_HOME say
-    worker_bind_host: str = "127.0.0.1"
+    worker_bind_host: str = "127.0.0.1"  # of the workers' internal gRPC; auto: the IP of the Ray node they run on
+    worker_port: int = 0  # fixed port of every worker's internal gRPC, one worker per machine; 0: any free one
+    drain_timeout_s: float = 1.0  # how long running requests may go on after SIGTERM; a second signal ends them
     engine: EngineConfig = dataclasses.field(default_factory=lambda: EngineConfig(model=DEMO_MODEL))
     lease: LeaseConfig = dataclasses.field(default_factory=LeaseConfig)
     transfer: TransferConfig = dataclasses.field(default_factory=TransferConfig)
@@ -58,6 +75,14 @@ class ServeConfig:
             raise ValueError(f"num_prefill must be at least 1, not {self.num_prefill}")
         if self.num_decode < 0:
             raise ValueError(f"num_decode must not be negative, not {self.num_decode}")
+        if not 0 <= self.worker_port <= 65535:
+            raise ValueError(f"worker_port must be within 0 and 65535, not {self.worker_port}")
+        if self.worker_port and self.ray.address is None and self.num_prefill + self.num_decode > 1:
+            raise ValueError(
+                f"worker_port {self.worker_port}: all workers of a private Ray are on this machine and cannot share it"
+            )
+        if not self.drain_timeout_s >= 0:
+            raise ValueError(f"drain_timeout_s must not be negative, not {self.drain_timeout_s}")
         for name, section in SHARED_SETTINGS.items():
             ours, theirs = getattr(self.router, name), getattr(getattr(self, section), name)
             if ours != theirs:
@@ -83,6 +108,9 @@ def load_config(path: str | None = None, overrides: Mapping[str, Any] | None = N
     if "RAY_ADDRESS" in os.environ:
         tree.setdefault("ray", {}).setdefault("address", os.environ["RAY_ADDRESS"])
     _refuse_unknown(tree, ServeConfig, "")
+    tenants = _tenants(tree.get("tenants_file"))
+    if tenants is not None:
+        tree.setdefault("router", {})["tenants"] = tenants
     for name, section in SHARED_SETTINGS.items():
         if name in tree.get(section, {}):
             tree.setdefault("router", {}).setdefault(name, tree[section][name])
@@ -94,6 +122,17 @@ def load_config(path: str | None = None, overrides: Mapping[str, Any] | None = N
             for problem in error.errors()
         )
         raise ValueError("; ".join(problems)) from error
+
+
+def _tenants(path: str | None) -> list[dict[str, Any]] | None:
+    """None: nobody asked for any."""
+    tokens = os.environ.get(TOKENS_VARIABLE)
+    path = os.environ.get(FILE_VARIABLE) if path is None else path
+    if path is not None and tokens is not None:
+        raise ValueError(f"tenants come from tenants_file or from {TOKENS_VARIABLE}, not from both")
+    if path is not None:
+        return read_tenants_file(path)
+    return None if tokens is None else parse_tokens(tokens)
 
 
 def _set(tree: dict[str, Any], path: list[str], value: Any) -> None:

@@ -36,9 +36,9 @@ def main() -> int:
     console = Console(highlight=False)
     started_at = time.monotonic()
     console.print("[bold]Twinring demo[/bold]: 2 prefill and 2 decode workers on this machine, bundled demo model")
-    server = subprocess.Popen(
-        [sys.executable, "-m", "cluster.cli", "serve", "--prefill", "2", "--decode", "2", "--listen", "127.0.0.1:0"]
-    )
+    pools = ["--prefill", "2", "--decode", "2"]
+    listen = ["--listen", "127.0.0.1:0", "--http", "127.0.0.1:0"]
+    server = subprocess.Popen([sys.executable, "-m", "cluster.cli", "serve", *pools, *listen])
     try:
         with Client(wait_for(server)) as client:
             rows = [ask(console, client, name, prompt, started_at) for name, prompt in PROMPTS]

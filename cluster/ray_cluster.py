@@ -7,39 +7,43 @@ import contextlib
 import ipaddress
 import logging
 import os
-import shutil
 import socket
-import tempfile
 import time
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 
 from cluster.config import RayConfig
+from cluster.ray_node import OBJECT_STORE_NBYTES, RayUnavailable, ray_folder, ray_node
+from protos.types import Role
 
-OBJECT_STORE_NBYTES = 80 << 20  # Ray's least; nothing of ours goes through it
 PROBE_TIMEOUT_S = 3.0
-
-
-class RayUnavailable(ValueError):
-    """The cluster cannot be reached or cannot hold what was asked for."""
+PROBE_INTERVAL_S = 0.5
 
 
 @contextlib.contextmanager
-def ray_cluster(config: RayConfig, num_workers: int) -> Iterator[None]:
-    """Connected to a Ray that has room for num_workers workers; RayUnavailable says what is missing."""
-    if config.address is None:
-        with _private_ray():
-            _require_resources(config, num_workers)
-            yield
-        return
-    _probe(config.address)
-    import ray
-
-    ray.init(address=config.address, log_to_driver=False, logging_level=logging.ERROR)
-    try:
-        _require_resources(config, num_workers)
+def ray_cluster(config: RayConfig, roles: Sequence[Role]) -> Iterator[None]:
+    """Connected to a Ray that has room for a worker of each of `roles`; RayUnavailable says what is missing."""
+    with _private_ray() if config.address is None else _joined_ray(config, config.address):
+        _require_resources(config, roles)
         yield
-    finally:
-        ray.shutdown()
+
+
+@contextlib.contextmanager
+def _joined_ray(config: RayConfig, address: str) -> Iterator[None]:
+    with contextlib.ExitStack() as stack:
+        folder = None
+        if config.join_as_node:  # this machine comes up with the cluster, perhaps before its head
+            _probe(address, config.schedule_timeout_s)
+            folder = stack.enter_context(ray_node(address, config.start_timeout_s))
+        else:
+            _probe(address, 0.0)
+        import ray
+
+        try:
+            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, _temp_dir=folder)
+            yield
+        finally:
+            ray.shutdown()
 
 
 @contextlib.contextmanager
@@ -49,42 +53,45 @@ def _private_ray() -> Iterator[None]:
     os.environ.setdefault("RAY_AUTH_MODE", "token")
     import ray
 
-    # The folder's name is short: Ray's socket paths live below it and may not exceed 107 bytes.
-    folder = tempfile.mkdtemp(prefix="twr-", dir="/tmp")
-    try:
-        ray.init(
-            num_cpus=os.cpu_count(),
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-            object_store_memory=OBJECT_STORE_NBYTES,
-            _node_ip_address="127.0.0.1",
-            _temp_dir=folder,
-            # Each worker is an actor with a process of its own; idle ones would only cost start-up time, and niceness
-            # would let anything else on the machine stall a worker beyond its lease.
-            _system_config={
-                "enable_worker_prestart": False,
-                "prestart_worker_first_driver": False,
-                "worker_niceness": 0,
-            },
-        )
-        yield
-    finally:
-        ray.shutdown()
-        shutil.rmtree(folder, ignore_errors=True)
+    with ray_folder() as folder:
+        try:
+            ray.init(
+                num_cpus=os.cpu_count(),
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                object_store_memory=OBJECT_STORE_NBYTES,
+                _node_ip_address="127.0.0.1",
+                _temp_dir=folder,
+                # Each worker is an actor with a process of its own; idle ones would only cost start-up time, and
+                # niceness would let anything else on the machine stall a worker beyond its lease.
+                _system_config={
+                    "enable_worker_prestart": False,
+                    "prestart_worker_first_driver": False,
+                    "worker_niceness": 0,
+                },
+            )
+            yield
+        finally:
+            ray.shutdown()
 
 
-def _probe(address: str) -> None:
-    """ray.init retries a dead address for minutes; a socket knows at once."""
+def _probe(address: str, wait_s: float) -> None:
+    """ray.init retries a dead address for minutes; a socket knows at once. Tried for wait_s, at least once."""
     if address == "auto":
         return
     host, colon, port = address.rpartition(":")
     if "://" in address or not colon or not port.isdigit():
         raise RayUnavailable(f"Ray address {address!r} is not host:port (Ray Client addresses are not supported)")
-    try:
-        socket.create_connection((host, int(port)), timeout=PROBE_TIMEOUT_S).close()
-    except OSError as error:
-        raise RayUnavailable(f"no Ray cluster at {address}: {error}") from error
+    give_up_at = time.monotonic() + wait_s
+    while True:
+        try:
+            socket.create_connection((host, int(port)), timeout=PROBE_TIMEOUT_S).close()
+            break
+        except (OSError, OverflowError) as error:
+            if time.monotonic() >= give_up_at:
+                raise RayUnavailable(f"no Ray cluster at {address}: {error}") from error
+        time.sleep(PROBE_INTERVAL_S)
     if not _is_loopback(host) and os.environ.get("RAY_AUTH_MODE") != "token":
         raise RayUnavailable(
             f"Ray at {address} is not on loopback: set RAY_AUTH_MODE=token there and here, or anyone who reaches it "
@@ -99,11 +106,16 @@ def _is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
-def _require_resources(config: RayConfig, num_workers: int) -> None:
-    """Wait a little for nodes that are still joining, then say what is lacking."""
+def needed_resources(config: RayConfig, roles: Sequence[Role]) -> dict[str, float]:
+    needed = {"CPU": len(roles) * config.num_cpus_per_worker, "GPU": len(roles) * config.num_gpus_per_worker}
+    return needed | Counter(name for role in roles if (name := config.resource_of(role)))
+
+
+def _require_resources(config: RayConfig, roles: Sequence[Role]) -> None:
+    """Wait for nodes that are still joining, then say what is lacking."""
     import ray
 
-    needed = {"CPU": num_workers * config.num_cpus_per_worker, "GPU": num_workers * config.num_gpus_per_worker}
+    needed = needed_resources(config, roles)
     give_up_at = time.monotonic() + (config.schedule_timeout_s if config.address is not None else 0.0)
     while True:
         free = ray.available_resources()
@@ -113,6 +125,6 @@ def _require_resources(config: RayConfig, num_workers: int) -> None:
         if time.monotonic() >= give_up_at:
             have = ", ".join(f"{free.get(name, 0.0):g} {name}" for name in needed)
             raise RayUnavailable(
-                f"too few Ray resources: {num_workers} workers need {' and '.join(lacking)}, free are {have}"
+                f"too few Ray resources: {len(roles)} workers need {' and '.join(lacking)}, free are {have}"
             )
         time.sleep(0.5)

@@ -15,7 +15,9 @@ from pathlib import Path
 @dataclass(frozen=True, slots=True)
 class RunState:
     pid: int
-    address: str
+    address: str  # gRPC
+    http_address: str = ""  # empty: off
+    drain_timeout_s: float = 0.0  # how long it may take to stop because requests run
 
 
 def state_dir() -> Path:

@@ -30,7 +30,6 @@ from router.server import RouterServer
 
 logger = logging.getLogger("twinring.cluster")
 
-ROUTER_GRACE_S = 1.0
 LINK_TIMEOUT_S = 30.0
 
 
@@ -43,17 +42,18 @@ def run(config: ServeConfig, on_progress: Progress, log_level: str) -> None:
 
     Ray comes first: it forks, which a process with gRPC threads must not do."""
     facts = read_model_facts(model_folder(config.engine.model, config.hub_cache))
-    _require_free(config.router.listen)
+    for listen in (config.router.listen, config.router.http_listen):
+        _require_free(listen)
     signal.signal(signal.SIGTERM, _exit)  # until the event loop has handlers of its own
     on_progress("ray", "starting" if config.ray.address is None else f"joining {config.ray.address}")
-    with ray_cluster(config.ray, len(worker_slots(config))):
+    with ray_cluster(config.ray, [role for _, role in worker_slots(config)]):
         asyncio.run(_serve(config, facts, on_progress, log_level))
 
 
 async def _serve(config: ServeConfig, facts: ModelFacts, on_progress: Progress, log_level: str) -> None:
-    stop = asyncio.Event()
+    stop, stop_now = asyncio.Event(), asyncio.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
-        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+        asyncio.get_running_loop().add_signal_handler(number, lambda: (stop_now if stop.is_set() else stop).set())
     hash_key = secrets.token_bytes(32)
     router = RouterServer(
         config.router,
@@ -64,15 +64,28 @@ async def _serve(config: ServeConfig, facts: ModelFacts, on_progress: Progress, 
     address = _with_port(config.router.listen, await router.start())
     try:
         await _until_ready(config, router, supervisor, stop, on_progress)
-        with announced(RunState(os.getpid(), address)):
+        http_address = _with_port(config.router.http_listen, router.http_port) if router.http_port else ""
+        with announced(RunState(os.getpid(), address, http_address, config.drain_timeout_s)):
             on_progress("router", f"ready on {address}; {kv_estimate(config, facts)}")
+            if http_address:
+                on_progress("http", f"{'http' if config.router.tls_cert is None else 'https'}://{http_address}/v1, /ui")
             await stop.wait()
     except Stopped:
         pass
     finally:
         on_progress("router", "stopping")
-        await router.stop(ROUTER_GRACE_S)
+        await _drain(router, config.drain_timeout_s, stop_now)
         await supervisor.stop()
+
+
+async def _drain(router: RouterServer, timeout_s: float, stop_now: asyncio.Event) -> None:
+    """Running requests go on until they end, timeout_s has passed, or a second signal comes."""
+    draining, hurried = asyncio.create_task(router.stop(timeout_s)), asyncio.create_task(stop_now.wait())
+    await asyncio.wait({draining, hurried}, return_when=asyncio.FIRST_COMPLETED)
+    hurried.cancel()
+    if not draining.done():
+        await router.stop(0.0)
+    await draining
 
 
 def with_folder(config: ServeConfig, facts: ModelFacts) -> ServeConfig:
@@ -85,7 +98,9 @@ def _exit(number: int, frame: FrameType | None) -> None:
 
 
 def _require_free(listen: str) -> None:
-    """Before Ray is started: a port in use should be known at once."""
+    """Before Ray is started: a port in use should be known at once. Empty: a front that is off."""
+    if not listen:
+        return
     host, _, port = listen.rpartition(":")
     try:
         socket.create_server((host.strip("[]"), int(port))).close()

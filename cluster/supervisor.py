@@ -71,6 +71,7 @@ class Supervisor:
             hash_key=self._hash_key,
             lease=self._config.lease,
             bind_host=self._config.worker_bind_host,
+            bind_port=self._config.worker_port,
         )
         self._on_progress(worker_id, "starting")
         actor = await asyncio.to_thread(ActorHandle, spec, self._config.transfer, self._config.ray, self._log_level)

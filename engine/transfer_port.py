@@ -6,7 +6,7 @@ from typing import Protocol
 
 import grpc.aio
 
-from protos.types import PeerRef
+from protos.types import PeerRef, TransferStats
 
 
 class TransferPort(Protocol):
@@ -15,6 +15,8 @@ class TransferPort(Protocol):
 
     @property
     def warm_links(self) -> tuple[str, ...]: ...
+    @property
+    def stats(self) -> TransferStats: ...
 
     def add_to_server(self, server: grpc.aio.Server) -> None: ...
     async def start(self) -> None: ...

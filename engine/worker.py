@@ -22,6 +22,7 @@ from engine.paged_kv_cache import PagedKVCache, num_blocks_for
 from engine.transfer_port import TransferPort
 from engine.worker_config import EngineConfig, WorkerSpec
 from engine.worker_core import WorkerCore
+from engine.worker_health import WorkerHealth
 from engine.worker_host import WorkerHost
 from protos import worker_pb2_grpc as pb_grpc
 from protos.types import PeerRef
@@ -60,7 +61,9 @@ class Worker:
         return self._progress
 
     async def load(self) -> None:
-        """Read the weights and allocate the KV cache. ModelLoadError (a ValueError) names what is wrong."""
+        """Take the address, read the weights, allocate the KV cache. ModelLoadError (a ValueError) names what is wrong
+        with the model; a ValueError says that the address cannot be had, before minutes are spent on weights."""
+        self._server, self._address = bound_server(self._spec)
         await asyncio.to_thread(self._load)
 
     def _load(self) -> None:
@@ -83,21 +86,21 @@ class Worker:
         assert self._loaded is not None
         fingerprint = self._loaded.facts.fingerprint
         core = WorkerCore(self._config, self._kv_cache.num_blocks, self._spec.hash_key, fingerprint)
-        self._server = grpc.aio.server(
-            options=[("grpc.max_receive_message_length", MAX_FRAME_NBYTES), ("grpc.so_reuseport", 0)]
-        )
-        port = self._server.add_insecure_port(f"{self._spec.bind_host}:0")
-        me = PeerRef(self._spec.worker_id, self._spec.incarnation, f"{self._spec.bind_host}:{port}", self._spec.role)
+        me = PeerRef(self._spec.worker_id, self._spec.incarnation, self._address, self._spec.role)
         host = WorkerHost(me, fingerprint, self._spec.lease, on_end=end_process)
         self._transfers = self._make_transfers(me, self._kv_cache, host)
         self._engine = EngineThread(core, self._runner.execute, host.deliver, host.crashed)
         host.wire(self._engine, self._transfers)
         pb_grpc.add_WorkerServicer_to_server(host, self._server)
         self._transfers.add_to_server(self._server)
+        self._health = WorkerHealth(host)
+        self._health.add_to_server(self._server)
+        await self._health.show()
         await self._transfers.start()
         self._engine.start()
         await self._server.start()
         self._tasks.append(asyncio.create_task(host.keep_lease()))
+        self._tasks.append(asyncio.create_task(self._health.keep(self._spec.lease.heartbeat_interval_s)))
         self._progress = "serving"
         return WorkerReady(me, os.getpid(), self._kv_cache.num_blocks, self._config.max_model_len, fingerprint)
 
@@ -107,10 +110,25 @@ class Worker:
             task.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await task
+        await self._health.stop()
         await self._transfers.close()
         await self._server.stop(grace_s)
         await asyncio.to_thread(self._engine.stop, grace_s)
         self._progress = "stopped"
+
+
+def bound_server(spec: WorkerSpec) -> tuple[grpc.aio.Server, str]:
+    """Not started: nobody is answered yet. Its address with the port it got."""
+    server = grpc.aio.server(options=[("grpc.max_receive_message_length", MAX_FRAME_NBYTES), ("grpc.so_reuseport", 0)])
+    try:
+        port = server.add_insecure_port(f"{spec.bind_host}:{spec.bind_port}")
+    except RuntimeError as error:
+        hint = "; two workers on one machine cannot share a worker_port" if spec.bind_port else ""
+        raise ValueError(
+            f"worker {spec.worker_id} cannot listen on {spec.bind_host}:{spec.bind_port} (worker_bind_host, "
+            f"worker_port){hint}: {error}"
+        ) from error
+    return server, f"{spec.bind_host}:{port}"
 
 
 def scheduler_config(engine: EngineConfig, model_max_len: int) -> SchedulerConfig:

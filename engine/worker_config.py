@@ -54,3 +54,4 @@ class WorkerSpec:
     hash_key: bytes = field(repr=False)
     lease: LeaseConfig = field(default_factory=LeaseConfig)
     bind_host: str = "127.0.0.1"
+    bind_port: int = 0  # of the internal gRPC server; 0: any free one

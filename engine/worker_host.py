@@ -107,18 +107,27 @@ class WorkerHost(pb_grpc.WorkerServicer):
         if events:
             self._engine.post(*events)
 
+    @property
+    def is_live(self) -> bool:
+        """A worker whose engine hangs is not vouched for."""
+        return not self._fenced and self._engine.step_age_s(time.monotonic()) <= self._lease.max_step_s
+
+    @property
+    def has_router(self) -> bool:
+        return bool(self._sessions)
+
     async def keep_lease(self) -> None:
         """Send heartbeats while the engine makes progress; fence this worker once its lease has run out."""
         heartbeat = 0
         while not self._fenced:
             await asyncio.sleep(self._lease.heartbeat_interval_s)
-            now = time.monotonic()
-            silent_s = 0.0 if self._lease_renewed_at is None else now - self._lease_renewed_at
+            silent_s = 0.0 if self._lease_renewed_at is None else time.monotonic() - self._lease_renewed_at
             if silent_s > self._lease.lease_s:
                 self._fence(f"lease ran out: no router for {silent_s:.2f} s")
-            elif self._engine.step_age_s(now) <= self._lease.max_step_s:  # a hung engine is not vouched for
+            elif self.is_live:
                 heartbeat += 1
-                stats = replace(self._engine.stats, warm_links=self._transfers.warm_links)
+                transfers = self._transfers
+                stats = replace(self._engine.stats, warm_links=transfers.warm_links, transfers=transfers.stats)
                 for session in self._sessions:
                     session.beat(heartbeat, stats)
 

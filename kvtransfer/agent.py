@@ -20,7 +20,7 @@ from kvtransfer.messages import Hello, HelloRefused
 from kvtransfer.source_side import SourceSide
 from kvtransfer.transport import Transport
 from protos import worker_pb2_grpc
-from protos.types import PeerRef, Role
+from protos.types import PeerRef, Role, TransferStats
 
 __all__ = ["TransferAgent", "TransferHost"]
 
@@ -87,6 +87,10 @@ class TransferAgent:
     @property
     def warm_links(self) -> tuple[str, ...]:
         return self._source.warm_links
+
+    @property
+    def stats(self) -> TransferStats:
+        return self.counters.stats()
 
     @property
     def open_transfers(self) -> int:

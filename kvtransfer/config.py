@@ -22,7 +22,7 @@ class TransferConfig:
     ping_interval_s: float = 0.5
     silence_timeout_s: float = 1.5  # a control stream that is silent for longer has lost its peer
     checksum: Checksum = "xxh3_64"
-    bind_host: str = "127.0.0.1"  # the data network is neither encrypted nor authenticated: name a private interface
+    bind_host: str = "127.0.0.1"  # not encrypted or authenticated: a private interface; auto: the Ray node's IP
     transport: Literal["gloo"] = "gloo"
     failpoint: Literal["", "flip_received_bytes"] = ""  # tests only
 

@@ -1,8 +1,11 @@
-"""What a worker's transfer agent has refused, for metrics and tests."""
+"""How a worker's transfers ended and what its transfer agent has refused, for metrics and tests."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, field
+
+from protos.types import TransferFailure, TransferStats
 
 
 @dataclass(slots=True)
@@ -11,3 +14,16 @@ class TransferCounters:
     num_stale_messages: int = 0  # of another life, attempt or peer than the transfer's
     num_unknown_transfers: int = 0
     num_bad_chunks: int = 0
+    num_completed: int = 0  # received whole
+    num_bytes: int = 0  # received
+    num_failed: Counter[TransferFailure] = field(default_factory=Counter)
+
+    def count_arrived(self, num_bytes: int) -> None:
+        self.num_completed += 1
+        self.num_bytes += num_bytes
+
+    def count_failed(self, failure: TransferFailure) -> None:
+        self.num_failed[failure] += 1
+
+    def stats(self) -> TransferStats:
+        return TransferStats(self.num_completed, self.num_bytes, tuple(sorted(self.num_failed.items())))

@@ -15,9 +15,10 @@ from kvtransfer.config import TransferConfig
 from kvtransfer.lane_thread import LaneThread, Ticket
 from kvtransfer.staging import StagingRing, as_bytes, checksum_of
 from kvtransfer.transport import LinkFailed, ReceiverLink
+from protos.types import TransferFailure
 
 OnPosted = Callable[[bytes, int, int, int], None]  # transfer_id, seq, number, num_bytes
-OnEnded = Callable[[bytes, int, str], None]  # transfer_id, seq, error
+OnEnded = Callable[[bytes, int, str, TransferFailure], None]  # transfer_id, seq, error, of what class
 
 
 @dataclass(eq=False)
@@ -97,7 +98,7 @@ class DestinationLane:
             try:
                 self._link.post(chunk.number, data)
             except LinkFailed as failure:
-                self._loop.call_soon(self._finished, chunk, str(failure))
+                self._loop.call_soon(self._finished, chunk, str(failure), TransferFailure.LINK_LOST)
                 continue
             self._thread.submit(lambda chunk=chunk: self._take_in(chunk))  # type: ignore[misc]
             self._on_posted(chunk.transfer_id, chunk.seq, chunk.number, data.numel())
@@ -105,11 +106,11 @@ class DestinationLane:
     def _staged(self, chunk: _Chunk) -> torch.Tensor:
         return self._ring.blocks(chunk.slot, len(chunk.block_ids))
 
-    def _finished(self, chunk: _Chunk, error: str) -> None:
+    def _finished(self, chunk: _Chunk, error: str, failure: TransferFailure) -> None:
         del self._posted[chunk.transfer_id, chunk.seq]
         self._ring.release(chunk.slot)
         if not chunk.is_cancelled:
-            self._on_ended(chunk.transfer_id, chunk.seq, error)
+            self._on_ended(chunk.transfer_id, chunk.seq, error, failure)
         self._post_waiting()
 
     # --- on the thread ----------------------------------------------------------------------------------------------
@@ -117,10 +118,10 @@ class DestinationLane:
     def _take_in(self, chunk: _Chunk) -> None:
         try:
             self._link.wait(chunk.number)
-            error = self._verify_and_scatter(chunk)
-        except LinkFailed as failure:
-            error = f"link failed: {failure}"
-        self._loop.call_soon_threadsafe(self._finished, chunk, error)
+            error, failure = self._verify_and_scatter(chunk), TransferFailure.CORRUPT
+        except LinkFailed as failed:
+            error, failure = f"link failed: {failed}", TransferFailure.LINK_LOST
+        self._loop.call_soon_threadsafe(self._finished, chunk, error, failure)
 
     def _verify_and_scatter(self, chunk: _Chunk) -> str:
         staged = self._staged(chunk)

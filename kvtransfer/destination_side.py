@@ -45,7 +45,7 @@ from kvtransfer.messages import (
 from kvtransfer.peer_channel import ChannelLost, FrameStream, PeerChannel
 from kvtransfer.transfer import AbortAsked, CancelWork, LinkLost, Received, Tell, Tick
 from kvtransfer.transport import LinkFailed, ReceiverLink, Transport
-from protos.types import PeerRef
+from protos.types import PeerRef, TransferFailure
 
 logger = logging.getLogger("twinring.kvtransfer")
 
@@ -239,10 +239,10 @@ class DestinationSide:
         stamp = self._transfers[transfer_id].stamp
         self._peers[stamp.source_incarnation].channel.send(Ready(stamp, seq, number, num_bytes))
 
-    def _on_chunk_ended(self, transfer_id: bytes, seq: int, error: str) -> None:
+    def _on_chunk_ended(self, transfer_id: bytes, seq: int, error: str, failure: TransferFailure) -> None:
         if error:
             self._counters.num_bad_chunks += 1
-        self._apply(self._transfers[transfer_id], ChunkEnded(seq, error))
+        self._apply(self._transfers[transfer_id], ChunkEnded(seq, error, failure))
 
     # --- carrying out -------------------------------------------------------------------------------------------------
 
@@ -277,9 +277,12 @@ class DestinationSide:
                 lane = self._peers[transfer.stamp.source_incarnation].lane
                 for seq in lane.cancel(transfer_id):
                     self._apply(transfer, ChunkEnded(seq, "cancelled"))
-            case ReportLost(reason=reason):
+            case ReportLost(reason=reason, failure=failure):
+                self._counters.count_failed(failure)
+                _log_lost(transfer, reason, failure)
                 self._loop.call_soon(self._host.on_lost, transfer_id, reason)
             case ReportArrived():
+                self._counters.count_arrived(effect.num_bytes)
                 self._loop.call_soon(
                     self._host.on_arrived,
                     transfer_id,
@@ -289,3 +292,15 @@ class DestinationSide:
                     effect.transfer_s,
                     effect.exposed_s,
                 )
+
+
+def _log_lost(transfer: DestinationTransfer, reason: str, failure: TransferFailure) -> None:
+    """An aborted one was nobody's fault: its request ended."""
+    fields = {
+        "request_id": transfer.request_id,
+        "attempt": transfer.stamp.attempt,
+        "failure": failure.value,
+        "reason": reason,
+    }
+    level = logging.INFO if failure is TransferFailure.ABORTED else logging.WARNING
+    logger.log(level, "KV transfer lost", extra={"fields": fields})

@@ -9,6 +9,7 @@ from enum import Enum, auto
 from kvtransfer.config import TransferConfig
 from kvtransfer.messages import Abort, Accept, Ack, Chunk, Commit, Offer, Refuse, Stamp, TransferKind, clip
 from kvtransfer.transfer import AbortAsked, CancelWork, LinkLost, Received, Tell, Tick
+from protos.types import TransferFailure
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +37,7 @@ class ChunkEnded:
 
     seq: int
     error: str
+    failure: TransferFailure = TransferFailure.CORRUPT  # where there is an error
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +76,7 @@ class ReportArrived:
 @dataclass(frozen=True, slots=True)
 class ReportLost:
     reason: str
+    failure: TransferFailure
 
 
 DestinationEffect = Tell | AskHost | Receive | CancelWork | ReportArrived | ReportLost
@@ -100,12 +103,12 @@ class DestinationTransfer:
     def __init__(self, stamp: Stamp, request_id: str, block_nbytes: int, config: TransferConfig) -> None:
         self.stamp = stamp
         self.state = State.NEW
-        self._request_id = request_id
+        self.request_id = request_id
         self._block_nbytes = block_nbytes
         self._config = config
         self._heard_at = 0.0
         self._offer: Offer | None = None
-        self._lost_reason = ""  # in WITHDRAWN and CLOSING
+        self._lost = ReportLost("", TransferFailure.ABORTED)  # in WITHDRAWN and CLOSING
         self._granted = Granted(0, ())
         self._granted_at = 0.0
         self._commit: Commit | None = None
@@ -143,30 +146,30 @@ class DestinationTransfer:
             case ChunkEnded():
                 return self._on_chunk_ended(event, now)
             case AbortAsked(reason=reason):
-                return self._end(reason, tell=True)
+                return self._end(reason, TransferFailure.ABORTED, tell=True)
             case LinkLost(reason=reason):
-                return [] if self.state is State.EXPECTED else self._end(reason, tell=False)
+                return [] if self.state is State.EXPECTED else self._end(reason, TransferFailure.LINK_LOST, tell=False)
             case SourceLeft():
-                return self._end("the source left", tell=False)
+                return self._end("the source left", TransferFailure.LINK_LOST, tell=False)
             case Tick():
                 return self._on_tick(now)
 
     def _on_announced(self, event: Announced) -> list[DestinationEffect]:
         if self.state not in (State.NEW, State.PARKED, State.WITHDRAWN):
             return []
-        was, known = self.state, (self.stamp, self._request_id)
+        was, known = self.state, (self.stamp, self.request_id)
         self.state = State.EXPECTED
-        self.stamp, self._request_id = event.stamp, event.request_id
+        self.stamp, self.request_id = event.stamp, event.request_id
         if was is State.NEW:
             return []
         assert self._offer is not None
         if known != (event.stamp, event.request_id):
             refusal = Tell(Refuse(self._offer.stamp, "the router announced another transfer by this id"))
             return [refusal] if was is State.PARKED else []
-        return self._ask_host(self._offer) if was is State.PARKED else self._end(self._lost_reason, tell=False)
+        return self._ask_host(self._offer) if was is State.PARKED else [self._give_up()]
 
     def _on_offer(self, offer: Offer) -> list[DestinationEffect]:
-        if offer.stamp != self.stamp or offer.request_id != self._request_id:
+        if offer.stamp != self.stamp or offer.request_id != self.request_id:
             return [Tell(Refuse(offer.stamp, "the router announced another transfer by this id"))]
         if self.state is State.EXPECTED:
             return self._ask_host(offer)
@@ -179,7 +182,7 @@ class DestinationTransfer:
         self._offer = offer
         self.state = State.OFFERED
         if offer.kind is not TransferKind.HANDOFF:
-            return self._end(f"transfers of kind {offer.kind} are not served", tell=True)
+            return self._end(f"transfers of kind {offer.kind} are not served", TransferFailure.REFUSED, tell=True)
         return [AskHost(offer.request_id, offer.stamp.attempt, offer.num_blocks)]
 
     def _on_granted(self, event: Granted, now: float) -> list[DestinationEffect]:
@@ -206,9 +209,9 @@ class DestinationTransfer:
                 self._commit, self._committed_at = message, now
                 return self._arrive_when_whole(now)
             case Abort(reason=reason) if self.state is State.PARKED:
-                self.state, self._lost_reason = State.WITHDRAWN, reason
+                self.state, self._lost = State.WITHDRAWN, ReportLost(reason, TransferFailure.ABORTED)
             case Abort(reason=reason) if self.state is not State.WITHDRAWN:
-                return self._end(reason, tell=False)
+                return self._end(reason, TransferFailure.ABORTED, tell=False)
         return []  # repeated, late, or out of order
 
     def _on_chunk(self, chunk: Chunk) -> list[DestinationEffect]:
@@ -217,7 +220,7 @@ class DestinationTransfer:
         positions = range(chunk.first_block, chunk.first_block + chunk.num_blocks)
         error = self._error_in(chunk, positions)
         if error:
-            return self._end(error, tell=True)
+            return self._end(error, TransferFailure.CORRUPT, tell=True)
         self._seen.add(chunk.seq)
         self._claimed.update(positions)
         self._receiving[chunk.seq] = chunk
@@ -241,7 +244,7 @@ class DestinationTransfer:
         if self.state is State.CLOSING:
             return self._lose_when_quiet()
         if event.error:
-            return self._end(event.error, tell=True)
+            return self._end(event.error, event.failure, tell=True)
         self._num_written += chunk.num_blocks
         return self._arrive_when_whole(now)
 
@@ -266,28 +269,31 @@ class DestinationTransfer:
         if self.state is State.PARKED:
             self.state = State.DONE
             return [Tell(Refuse(self.stamp, "the router has not announced this transfer"))]
-        return self._end(f"nothing heard in {self.state.name}", tell=True)
+        return self._end(f"nothing heard in {self.state.name}", TransferFailure.TIMEOUT, tell=True)
 
-    def _end(self, reason: str, *, tell: bool) -> list[DestinationEffect]:
+    def _end(self, reason: str, failure: TransferFailure, *, tell: bool) -> list[DestinationEffect]:
         """Give up, and report it to a host that knows of the transfer."""
         was, self.state = self.state, State.DONE
         match was:
             case State.PARKED | State.WITHDRAWN:
                 return []
             case State.EXPECTED:
-                return [ReportLost(reason)]
+                return [ReportLost(reason, failure)]
             case State.OFFERED:
                 told: list[DestinationEffect] = [Tell(Refuse(self.stamp, clip(reason)))] if tell else []
-                return [*told, ReportLost(reason)]
+                return [*told, ReportLost(reason, failure)]
         self.state = State.CLOSING
         if was is State.CLOSING:
             return []
-        self._lost_reason = reason
+        self._lost = ReportLost(reason, failure)
         told = [Tell(Abort(self.stamp, clip(reason)))] if tell else []
         return [*told, CancelWork(), *self._lose_when_quiet()]
 
     def _lose_when_quiet(self) -> list[DestinationEffect]:
         if self._receiving:
             return []
+        return [self._give_up()]
+
+    def _give_up(self) -> ReportLost:
         self.state = State.DONE
-        return [ReportLost(self._lost_reason)]
+        return self._lost

@@ -29,7 +29,7 @@ from kvtransfer.source_transfer import (
 )
 from kvtransfer.transfer import AbortAsked, CancelWork, LinkLost, Received, Tell, Tick
 from kvtransfer.transport import Transport
-from protos.types import PeerRef
+from protos.types import PeerRef, TransferFailure
 
 logger = logging.getLogger("twinring.kvtransfer")
 
@@ -105,6 +105,7 @@ class SourceSide:
         assert transfer_id not in self._transfers, "a transfer id is used once"
         outgoing = self._peers.get(peer.incarnation)
         if outgoing is None or outgoing.lane is None:
+            self._counters.count_failed(TransferFailure.NO_LINK)
             why = outgoing.not_warm_because if outgoing else "not a member to be dialled"
             self._loop.call_soon(self._host.on_refused, transfer_id, f"no warm link to {peer.worker_id}: {why}")
             return
@@ -175,10 +176,13 @@ class SourceSide:
             case CancelWork():
                 for seq in self._lane_of(transfer).cancel(transfer_id):
                     self._apply(transfer, GatherCancelled(seq))
-            case ReportRefused(reason=reason):
+            case ReportRefused(reason=reason, failure=failure):
+                self._counters.count_failed(failure)
                 del self._transfers[transfer_id]
                 self._loop.call_soon(self._host.on_refused, transfer_id, reason)
-            case ReportClosed():
+            case ReportClosed(failure=failure):
+                if failure is not None:
+                    self._counters.count_failed(failure)
                 del self._transfers[transfer_id]
                 self._loop.call_soon(self._host.on_closed, transfer_id)
 

@@ -9,6 +9,7 @@ from enum import Enum, auto
 from kvtransfer.config import TransferConfig
 from kvtransfer.messages import Abort, Accept, Ack, Chunk, Commit, Offer, Ready, Refuse, Stamp, TransferKind, clip
 from kvtransfer.transfer import AbortAsked, CancelWork, LinkLost, Received, Tell, Tick
+from protos.types import TransferFailure
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,11 +72,12 @@ class SendFiller:
 @dataclass(frozen=True, slots=True)
 class ReportRefused:
     reason: str
+    failure: TransferFailure
 
 
 @dataclass(frozen=True, slots=True)
 class ReportClosed:
-    pass
+    failure: TransferFailure | None = None  # None: acknowledged
 
 
 SourceEffect = Tell | Gather | SendChunk | SendFiller | CancelWork | ReportRefused | ReportClosed
@@ -98,7 +100,7 @@ class SourceTransfer:
         assert num_blocks > 0
         self.stamp = stamp
         self.state = SourceState.OFFERED
-        self._request_id = request_id
+        self.request_id = request_id
         self._num_blocks = num_blocks
         self._block_nbytes = block_nbytes
         self._config = config
@@ -107,6 +109,7 @@ class SourceTransfer:
         self._num_held = 0
         self._early: list[BlocksComputed] = []  # before the grant
         self._commit: CommitAsked | None = None
+        self._failure: TransferFailure | None = None  # in CLOSING
         self._next_seq = 0
         self._gathering: dict[int, BlocksComputed] = {}
         self._announced: set[int] = set()  # gathered, told to the peer, not yet asked for
@@ -129,7 +132,7 @@ class SourceTransfer:
             self._progress_at = now  # the peer's time to answer an offer is not renewed by our own work
         match event:
             case Opened():
-                return [Tell(Offer(self.stamp, TransferKind.HANDOFF, self._request_id, self._num_blocks))]
+                return [Tell(Offer(self.stamp, TransferKind.HANDOFF, self.request_id, self._num_blocks))]
             case BlocksComputed():
                 return self._on_blocks(event)
             case CommitAsked():
@@ -140,15 +143,15 @@ class SourceTransfer:
                 assert message.stamp == self.stamp
                 return self._on_message(message, now)
             case AbortAsked(reason=reason):
-                return self._end(reason, tell=True, take_back=True)
+                return self._end(reason, TransferFailure.ABORTED, tell=True, take_back=True)
             case LinkLost(reason=reason):
-                return self._end(reason, tell=False)
+                return self._end(reason, TransferFailure.LINK_LOST, tell=False)
 
     def _on_tick(self, now: float) -> list[SourceEffect]:
         deadline = self.deadline
         if deadline is None or now < deadline:
             return []
-        return self._end(f"no answer in {self.state.name}", tell=True)
+        return self._end(f"no answer in {self.state.name}", TransferFailure.TIMEOUT, tell=True)
 
     def _on_blocks(self, event: BlocksComputed) -> list[SourceEffect]:
         assert event.first_block == self._num_computed, "blocks are handed over in order"
@@ -197,20 +200,21 @@ class SourceTransfer:
                 return self._on_accept(num_held, now)
             case Refuse(reason=reason) if offered:
                 self.state = SourceState.DONE
-                return [ReportRefused(reason)]
+                return [ReportRefused(reason, TransferFailure.REFUSED)]
             case Ready():
                 return self._on_ready(message)
             case Ack() if self.state is SourceState.SENDING:
                 return self._on_ack()
             case Abort(reason=reason):
-                return self._end(reason, tell=False)
+                return self._end(reason, TransferFailure.ABORTED, tell=False)
         return []  # repeated or late
 
     def _on_accept(self, num_held: int, now: float) -> list[SourceEffect]:
         self.state = SourceState.SENDING
         self._progress_at = now
         if num_held > self._num_blocks:
-            return self._end(f"accepted with {num_held} of {self._num_blocks} blocks held", tell=True)
+            reason = f"accepted with {num_held} of {self._num_blocks} blocks held"
+            return self._end(reason, TransferFailure.CORRUPT, tell=True)
         self._num_held = num_held
         effects = [effect for blocks in self._early for effect in self._gather(blocks)]
         self._early.clear()
@@ -224,23 +228,23 @@ class SourceTransfer:
 
     def _on_ack(self) -> list[SourceEffect]:
         if self._commit is None or self._gathering or self._announced:
-            return self._end("acknowledged before everything was sent", tell=True)
+            return self._end("acknowledged before everything was sent", TransferFailure.CORRUPT, tell=True)
         self.state = SourceState.DONE
         return [ReportClosed()]
 
-    def _end(self, reason: str, *, tell: bool, take_back: bool = False) -> list[SourceEffect]:
+    def _end(self, reason: str, failure: TransferFailure, *, tell: bool, take_back: bool = False) -> list[SourceEffect]:
         """Give up. take_back: our own side asked, so an offer that nobody took is not the destination's refusal."""
         if self.state is SourceState.CLOSING:
             return []
         effects: list[SourceEffect] = [Tell(Abort(self.stamp, clip(reason)))] if tell else []
         if self.state is SourceState.OFFERED and not take_back:
             self.state = SourceState.DONE
-            return [*effects, ReportRefused(reason)]
-        self.state = SourceState.CLOSING
+            return [*effects, ReportRefused(reason, failure)]
+        self.state, self._failure = SourceState.CLOSING, failure
         return [*effects, CancelWork(), *self._close_when_quiet()]
 
     def _close_when_quiet(self) -> list[SourceEffect]:
         if self._gathering:
             return []
         self.state = SourceState.DONE
-        return [ReportClosed()]
+        return [ReportClosed(self._failure)]

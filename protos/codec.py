@@ -21,6 +21,8 @@ from protos.types import (
     SamplingParams,
     ServingMode,
     TokenOutput,
+    TransferFailure,
+    TransferStats,
     WorkerAccount,
     WorkerReport,
     WorkerStats,
@@ -247,6 +249,16 @@ def _output_from_proto(message: pb.TokenOutput) -> TokenOutput:
     )
 
 
+def _transfers_to_proto(transfers: TransferStats) -> pb.TransferStats:
+    num_failed = {reason.value: num for reason, num in transfers.num_failed}
+    return pb.TransferStats(num_completed=transfers.num_completed, num_bytes=transfers.num_bytes, num_failed=num_failed)
+
+
+def _transfers_from_proto(message: pb.TransferStats) -> TransferStats:
+    num_failed = tuple((TransferFailure(reason), num) for reason, num in sorted(message.num_failed.items()))
+    return TransferStats(message.num_completed, message.num_bytes, num_failed)
+
+
 def _stats_to_proto(stats: WorkerStats) -> pb.WorkerStats:
     return pb.WorkerStats(
         num_running=stats.num_running,
@@ -261,6 +273,7 @@ def _stats_to_proto(stats: WorkerStats) -> pb.WorkerStats:
         prefill_s_per_token=stats.prefill_s_per_token,
         warm_links=stats.warm_links,
         num_steps=stats.num_steps,
+        transfers=_transfers_to_proto(stats.transfers),
     )
 
 
@@ -278,6 +291,7 @@ def _stats_from_proto(message: pb.WorkerStats) -> WorkerStats:
         prefill_s_per_token=message.prefill_s_per_token,
         warm_links=tuple(message.warm_links),
         num_steps=message.num_steps,
+        transfers=_transfers_from_proto(message.transfers),
     )
 
 

@@ -47,6 +47,17 @@ class SamplingParams:
     num_logprobs: int | None = None  # None: no log probabilities are asked for
 
 
+class TransferFailure(StrEnum):
+    """Why a KV transfer ended without its KV, at the end that counts it: a small closed set, for metrics."""
+
+    REFUSED = "refused"  # the destination took nothing
+    NO_LINK = "no_link"  # none was warm when prefill started
+    LINK_LOST = "link_lost"  # or the peer's life ended
+    TIMEOUT = "timeout"
+    CORRUPT = "corrupt"  # a wrong checksum, or what a sound peer would not say
+    ABORTED = "aborted"  # by its own worker, or by the peer, who counts the cause
+
+
 @dataclass(frozen=True, slots=True)
 class PeerRef:
     """One life of one worker, and where its internal service listens."""
@@ -149,6 +160,15 @@ class HandoffRefused:
 
 
 @dataclass(frozen=True, slots=True)
+class TransferStats:
+    """Of one worker since its life began; a transfer counts at each of its ends."""
+
+    num_completed: int = 0  # received whole
+    num_bytes: int = 0  # received
+    num_failed: tuple[tuple[TransferFailure, int], ...] = ()  # by name
+
+
+@dataclass(frozen=True, slots=True)
 class WorkerStats:
     num_running: int = 0
     num_waiting: int = 0
@@ -162,6 +182,7 @@ class WorkerStats:
     prefill_s_per_token: float = 0.0
     warm_links: tuple[str, ...] = ()
     num_steps: int = 0
+    transfers: TransferStats = TransferStats()
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,6 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from router.config import RouterConfig
+from router.events import RefusedFor
 from router.policy import Candidate, ttft_estimate_s
 
 MIN_RETRY_AFTER_S = 0.1
@@ -13,6 +14,7 @@ MIN_RETRY_AFTER_S = 0.1
 
 @dataclass(frozen=True, slots=True)
 class Refusal:
+    reason: RefusedFor
     message: str
     retry_after_s: float
 
@@ -30,7 +32,7 @@ def early_refusal(
     A request of priority above 0 goes ahead of what is pending, so that is not held against it."""
     if decoding.num_requests >= config.max_requests_per_worker:
         message = f"{decoding.worker_id} has {decoding.num_requests} requests, and no other worker has fewer"
-        return Refusal(message, config.ttft_slo_s)
+        return Refusal(RefusedFor.WORKERS_FULL, message, config.ttft_slo_s)
     limit_s = config.ttft_slo_s if deadline_s is None else min(config.ttft_slo_s, deadline_s)
     estimate_s = ttft_estimate_s(num_tokens, prefill)
     if not config.refuses_early or priority > 0 or estimate_s <= limit_s or prefill.num_pending_tokens == 0:
@@ -39,4 +41,4 @@ def early_refusal(
         f"the first token would come after {estimate_s:.2f} s, {limit_s:g} s are allowed: "
         f"{prefill.num_pending_tokens} tokens are pending on {prefill.worker_id}"
     )
-    return Refusal(message, max(MIN_RETRY_AFTER_S, estimate_s - limit_s))
+    return Refusal(RefusedFor.SLO, message, max(MIN_RETRY_AFTER_S, estimate_s - limit_s))

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from protos import inference_pb2 as pb
 from protos.inference_pb2_grpc import ClusterServicer
+from router.calls import Calls
 from router.config import RouterConfig
+from router.grpc_call import authenticate
 from router.router import Router
 from router.status import ClusterStatus
 
@@ -15,6 +18,7 @@ class ClusterService(ClusterServicer):
     def __init__(
         self,
         config: RouterConfig,
+        calls: Calls,
         router: Router,
         status: ClusterStatus,
         worker_loads: Callable[[], list[pb.WorkerLoad]],
@@ -22,13 +26,15 @@ class ClusterService(ClusterServicer):
         version: str,
     ) -> None:
         self._config = config
+        self._calls = calls
         self._router = router
         self._status = status
         self._worker_loads = worker_loads
         self._model = model
         self._version = version
 
-    async def GetStatus(self, message: pb.GetStatusRequest, context: object) -> pb.GetStatusResponse:
+    async def GetStatus(self, message: pb.GetStatusRequest, context: Any) -> pb.GetStatusResponse:
+        await authenticate(self._calls, context, operators_only=True)
         shortfall = self._status.shortfall()
         statistics = self._router.statistics
         return pb.GetStatusResponse(

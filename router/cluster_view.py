@@ -77,7 +77,7 @@ class ClusterView:
 
     def __init__(self, config: RouterConfig) -> None:
         self._config = config
-        self._rings = RingPair(config.ring_seed, config.num_virtual_nodes)
+        self.rings = RingPair(config.ring_seed, config.num_virtual_nodes)
         self._prefill: Ranking[WorkerView] = Ranking(by_pending)
         self._decode: Ranking[WorkerView] = Ranking(by_room)
         self.workers: dict[str, WorkerView] = {}
@@ -87,12 +87,12 @@ class ClusterView:
         self.workers[ref.worker_id] = WorkerView(ref, self._rank)
         self._rank(self.workers[ref.worker_id])
         if self._prefills(ref.role):
-            self._rings.add(ref.worker_id)
+            self.rings.add(ref.worker_id)
 
     def remove(self, worker_id: str) -> None:
         view = self.workers.pop(worker_id)
         self._ranking_of(view).remove(worker_id)
-        self._rings.remove(worker_id)
+        self.rings.remove(worker_id)
 
     def find(self, worker_id: str, incarnation: str) -> WorkerView | None:
         view = self.workers.get(worker_id)
@@ -121,7 +121,7 @@ class ClusterView:
         """The home pair of a prompt: what the rings say of its first key_depth_blocks blocks. No full block, none."""
         if not links:
             return ()
-        return self._rings.candidates(links[min(self._config.key_depth_blocks, len(links)) - 1])
+        return self.rings.candidates(links[min(self._config.key_depth_blocks, len(links)) - 1])
 
     def candidate(self, view: WorkerView, links: Sequence[bytes], num_tokens: int) -> Candidate:
         hash_block_size = self._config.hash_block_size

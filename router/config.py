@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import ipaddress
 from dataclasses import dataclass
 from typing import Literal
+
+from router.tenants import TenantConfig
 
 
 @dataclass(frozen=True, slots=True)
 class RouterConfig:
-    listen: str = "127.0.0.1:50051"  # port 0: any free one
+    listen: str = "127.0.0.1:50051"  # gRPC; port 0: any free one
+    http_listen: str = "127.0.0.1:8000"  # the OpenAI API, metrics and the page at /ui; empty: off
+    tls_cert: str | None = None  # PEM file with the server's certificate chain, for gRPC and HTTP
+    tls_key: str | None = None  # PEM file with its key
+    tenants: tuple[TenantConfig, ...] = ()  # none: everybody may call, from this machine only; see tenants_file
     mode: Literal["disaggregated", "colocated"] = "disaggregated"
 
     # Placement
     ttft_slo_s: float = 5.0
+    tpot_slo_s: float = 0.1  # what the page at /ui and the metrics measure against; placement does not use it
     key_depth_blocks: int = 2  # hash blocks that make the routing key
     hash_block_size: int = 64  # tokens; one value for the whole cluster
     block_size: int = 64  # tokens of a KV block
@@ -34,6 +42,8 @@ class RouterConfig:
 
     # Clients
     max_output_buffer_tokens: int = 4096  # of one call, waiting for a slow reader
+    read_timeout_s: float = 30.0  # for the body of one HTTP request to come
+    max_http_connections: int = 4096  # more get a 503 at once
     write_timeout_s: float = 30.0  # for one message to a reader that does not read
     max_message_bytes: int = 8 * 1024 * 1024
     max_request_id_len: int = 128
@@ -44,6 +54,16 @@ class RouterConfig:
     max_tokenizing: int = 64  # long prompts that wait for the tokenizer's threads
 
     def __post_init__(self) -> None:
+        if (self.tls_cert is None) != (self.tls_key is None):
+            missing = "tls_cert" if self.tls_cert is None else "tls_key"
+            raise ValueError(f"tls_cert and tls_key go together: {missing} is not set")
+        for name in ("listen", "http_listen"):
+            address = getattr(self, name)
+            if address and not self.tenants and not _is_loopback(address):
+                raise ValueError(
+                    f"{name} {address} can be reached from other machines: set tenants_file first, so that callers "
+                    "must show a token, or listen on 127.0.0.1"
+                )
         for name in ("key_depth_blocks", "hash_block_size", "block_size", "num_virtual_nodes", "max_attempts"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
@@ -55,3 +75,11 @@ class RouterConfig:
             raise ValueError(
                 f"lease_s must exceed heartbeat_interval_s {self.heartbeat_interval_s}, got {self.lease_s}"
             )
+
+
+def _is_loopback(address: str) -> bool:
+    host = address.rpartition(":")[0].strip("[]")
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"  # any other name may mean anything

@@ -9,6 +9,7 @@ from protos.types import FinishReason
 from router.client_call import ClientCall
 from router.config import RouterConfig
 from router.events import Arrived, ClientCancelled, Deliver, Effect, Event, Fail, Send
+from router.metrics import RouterMetrics
 from router.router import Router
 from router.worker_channel import WorkerChannel
 
@@ -16,17 +17,24 @@ from router.worker_channel import WorkerChannel
 class Driver:
     """Invariant: every worker that the Router knows as live has a channel here."""
 
-    def __init__(self, router: Router, config: RouterConfig, clock: Callable[[], float]) -> None:
+    def __init__(
+        self, router: Router, config: RouterConfig, metrics: RouterMetrics, clock: Callable[[], float]
+    ) -> None:
         self.router = router
         self.channels: dict[str, WorkerChannel] = {}
         self._calls: dict[str, ClientCall] = {}
         self._followers: dict[str, list[Arrived]] = {}  # by the request_id of the first choice
         self._config = config
+        self._metrics = metrics
         self._clock = clock
 
     def feed(self, event: Event) -> None:
-        for effect in self.router.on(event, self._clock()):
-            self._apply(effect)
+        now = self._clock()
+        effects = self.router.on(event, now)
+        if isinstance(event, Arrived):
+            self._metrics.routed(self._clock() - now)
+        for effect in effects:
+            self._apply(effect, now)
 
     def open_calls(self, choices: Sequence[Arrived]) -> list[ClientCall]:
         """One for each choice of a client's call. The first starts now, the others beside it when its prefill is done:
@@ -34,6 +42,8 @@ class Driver:
         first, arrived_at = choices[0], self._clock()
         calls = [ClientCall(each.request.request_id, self._config.max_output_buffer_tokens) for each in choices]
         self._calls |= {call.request_id: call for call in calls}
+        for call in calls:
+            self._metrics.opened(call.request_id, first.request.num_prompt_tokens)
         self._followers[first.request.request_id] = [replace(each, arrived_at=arrived_at) for each in choices[1:]]
         self.feed(first)
         return calls
@@ -44,8 +54,9 @@ class Driver:
             del self._calls[call.request_id]
             self._followers.pop(call.request_id, None)
             self.feed(ClientCancelled(call.request_id))  # changes nothing where the request has ended
+            self._metrics.closed(call.request_id)
 
-    def _apply(self, effect: Effect) -> None:
+    def _apply(self, effect: Effect, now: float) -> None:
         match effect:
             case Send():
                 self.channels[effect.worker_id].send(effect)
@@ -54,7 +65,10 @@ class Driver:
                 if call is not None and not call.put(effect):
                     self.feed(ClientCancelled(effect.request_id))
                 if isinstance(effect, Deliver):
+                    self._metrics.delivered(effect, now)
                     self._follow(effect)
+                else:
+                    self._metrics.failed(effect)
 
     def _follow(self, first: Deliver) -> None:
         """The first word of a first choice: its prefill is done, or the caller has ended the request before."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import StrEnum
 
 from protos.types import Abort, FinishReason, GenerateRequest, Logprobs, PeerRef, Retarget, WorkerReport
 from router.account import RequestAccount
@@ -96,6 +97,20 @@ class Deliver:
     workers: tuple[str, ...] = ()  # that the request runs on: prefill, then decode
 
 
+class RefusedFor(StrEnum):
+    """Why a request was not taken: a small closed set, for metrics."""
+
+    INVALID = "invalid"
+    UNAUTHENTICATED = "unauthenticated"
+    NOT_READY = "not_ready"  # or stopping
+    TOKENIZER_BUSY = "tokenizer_busy"
+    TENANT_LIMIT = "tenant_limit"
+    DUPLICATE_ID = "duplicate_id"
+    MAX_IN_FLIGHT = "max_in_flight"
+    WORKERS_FULL = "workers_full"
+    SLO = "slo"  # its first token would come too late
+
+
 @dataclass(frozen=True, slots=True)
 class Fail:
     """The request ends without a result. `code` is the name of a gRPC status code."""
@@ -104,6 +119,7 @@ class Fail:
     code: str
     message: str
     retry_after_s: float | None = None
+    refused_for: RefusedFor | None = None  # None: it had been taken
 
 
 Effect = Send | Deliver | Fail

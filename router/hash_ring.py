@@ -4,8 +4,10 @@ section 4). Knows ids and keys only; not who is alive, loaded or warm."""
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence, Set
 from hashlib import blake2b
+
+RING_SIZE = 2**64  # points are in [0, RING_SIZE)
 
 
 class HashRing:
@@ -17,6 +19,11 @@ class HashRing:
         self._hash_key = seed.to_bytes(8, "little", signed=True)
         self._num_virtual_nodes = num_virtual_nodes
         self._points: list[tuple[int, str]] = []  # sorted
+
+    @property
+    def points(self) -> Sequence[tuple[int, str]]:
+        """In ascending order, each with its owner: the keys after the point before it, up to it, are the owner's."""
+        return self._points
 
     def add(self, worker_id: str) -> None:
         for point in self._points_of(worker_id):
@@ -47,6 +54,14 @@ class RingPair:
         self._first = HashRing(2 * seed, num_virtual_nodes)
         self._second = HashRing(2 * seed + 1, num_virtual_nodes)
         self._members: set[str] = set()
+
+    @property
+    def rings(self) -> tuple[HashRing, HashRing]:
+        return self._first, self._second
+
+    @property
+    def members(self) -> Set[str]:
+        return self._members
 
     def add(self, worker_id: str) -> None:
         if worker_id not in self._members:

@@ -1,20 +1,23 @@
-"""The answer to one choice of a Generate call: text from tokens, chunks or one whole, the last word, the log line."""
+"""The answer to one choice of a call: text from tokens, in parts or one whole, the last word, the log line. What a part
+looks like on the wire is the writer's affair."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from dataclasses import asdict
 from typing import NoReturn
 
-from protos import inference_pb2 as pb
 from protos.types import FinishReason, Logprobs
+from router.account import RequestAccount
 from router.call_writer import CallWriter
 from router.client_call import ClientCall
 from router.config import RouterConfig
 from router.driver import Driver
 from router.events import Arrived, Deliver, Fail, StopMatched
-from router.responses import Progress, chunk_response, complete_response
+from router.parts import End, Part
+from router.recent_requests import EndedRequest, RecentRequests
 from router.text_stream import TextStream
 
 log = logging.getLogger("twinring.router")
@@ -28,6 +31,7 @@ class Reply:
         self,
         config: RouterConfig,
         driver: Driver,
+        recent: RecentRequests,
         arrived: Arrived,
         text: TextStream,
         stream: bool,
@@ -36,6 +40,7 @@ class Reply:
         """text: has taken the output that the caller has already."""
         self._config = config
         self._driver = driver
+        self._recent = recent
         self._request = arrived.request
         self._text = text
         self._stream = stream
@@ -43,8 +48,13 @@ class Reply:
         self._token_ids: list[int] = []
         self._logprobs: list[Logprobs] = []
         self._unsent_text = ""
-        self._num_sent = text.num_tokens
-        self._is_logged = False
+        self._num_sent = self._num_given_tokens = text.num_tokens
+        self._is_noted = False
+
+    @property
+    def num_output_tokens(self) -> int:
+        """That have come for this call, whether or not they could be sent."""
+        return self._text.num_tokens - self._num_given_tokens
 
     async def run(self, call: ClientCall) -> None:
         try:
@@ -54,7 +64,7 @@ class Reply:
                 is_open = isinstance(news, Deliver) and news.finish_reason is None
                 await (self._deliver(news) if isinstance(news, Deliver) else self._cut_off(news))
         except asyncio.CancelledError:
-            self._log("CANCELLED")
+            self._note_end("CANCELLED")
             raise
 
     async def _deliver(self, news: Deliver) -> None:
@@ -62,7 +72,7 @@ class Reply:
         if news.finish_reason is not None:
             await self._finish(news, news.finish_reason)
         elif self._stream and self._text.matched_stop is None:
-            await self._write(chunk_response(self._request, self._progress(news)))
+            await self._write(self._part(news))
 
     async def _finish(self, news: Deliver, finish_reason: FinishReason) -> None:
         assert news.account is not None
@@ -71,14 +81,9 @@ class Reply:
             finish_reason = FinishReason.STOP  # wherever the workers had gone on to
         elif finish_reason is FinishReason.STOP:
             matched = news.token_ids[-1]
-        progress = self._progress(news)
-        await self._write(complete_response(self._request, progress, finish_reason, matched, news.account))
-        self._log(
-            finish_reason.value,
-            num_prompt_tokens=progress.num_prompt_tokens,
-            num_output_tokens=progress.num_output_tokens,
-            **asdict(news.account),
-        )
+        part = self._part(news, End(finish_reason, matched, news.account))
+        await self._write(part)
+        self._note_end(finish_reason.value, news.account)
 
     def _take(self, news: Deliver) -> None:
         if self._text.matched_stop is not None:
@@ -97,39 +102,51 @@ class Reply:
         elif news.finish_reason is not None:
             self._unsent_text += self._text.flush()
 
-    def _progress(self, news: Deliver) -> Progress:
+    def _part(self, news: Deliver, end: End | None = None) -> Part:
         """What has not been sent, which is sent with this."""
-        progress = Progress(
+        part = Part(
+            self._request,
             self._num_sent,
             self._token_ids,
             self._unsent_text,
-            self._request.num_prompt_tokens,
             news.num_cached_tokens,
             self._logprobs,
+            end,
         )
         self._num_sent += len(self._token_ids)
         self._token_ids, self._logprobs, self._unsent_text = [], [], ""
-        return progress
+        return part
 
-    async def _write(self, response: pb.GenerateResponse) -> None:
+    async def _write(self, part: Part) -> None:
         try:
-            await self._writer.write(response)
+            await self._writer.write(part)
         except TimeoutError:
             message = f"the client has not read for {self._config.write_timeout_s:g} s"
             await self._cut_off(Fail(self._request.request_id, "RESOURCE_EXHAUSTED", message))
 
     async def _cut_off(self, fail: Fail) -> NoReturn:
-        self._log(fail.code, message=fail.message)
+        self._note_end(fail.code, message=fail.message)
         await self._writer.cut_off(fail)
 
-    def _log(self, outcome: str, **fields: object) -> None:
-        """One line per choice: what ended it first."""
-        if self._is_logged:
+    def _note_end(self, outcome: str, account: RequestAccount | None = None, message: str = "") -> None:
+        """Once per choice, for what ended it first: a log line, and a place among the recent requests."""
+        if self._is_noted:
             return
-        self._is_logged = True
-        ids: dict[str, object] = {
-            "request_id": self._request.request_id,
-            "client_request_id": self._request.client_request_id,
+        self._is_noted = True
+        request, num_output_tokens = self._request, self.num_output_tokens
+        ended = EndedRequest(
+            request.request_id, time.time(), outcome, request.num_prompt_tokens, num_output_tokens, account
+        )
+        self._recent.note(ended)
+        fields = {
+            "request_id": request.request_id,
+            "client_request_id": request.client_request_id,
+            "tenant": request.tenant,
+            "choice_index": request.choice_index,
+            "outcome": outcome,
+            "num_prompt_tokens": request.num_prompt_tokens,
+            "num_output_tokens": num_output_tokens,
+            **({"message": message} if message else {}),
+            **({} if account is None else asdict(account)),
         }
-        ids["choice_index"] = self._request.choice_index
-        log.info("request ended: %s", outcome, extra={"fields": {**ids, "outcome": outcome, **fields}})
+        log.info("request ended: %s", outcome, extra={"fields": fields})

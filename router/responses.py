@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import Any
 
 from protos import inference_pb2 as pb
 from protos.codec import pack_token_ids, unpack_token_ids
-from protos.types import FinishReason, GenerateRequest, Logprobs, ServingMode
+from protos.types import FinishReason, Logprobs, ServingMode
 from router.account import RequestAccount
 from router.cluster_view import WorkerView
 from router.config import RouterConfig
 from router.explain import Explanation
+from router.parts import End, Part
 from router.policy import Candidate, ttft_estimate_s
 from router.status import KnownWorker
 from router.validation import ChatMessage, InvalidArgument, PublicRequest
@@ -29,22 +29,6 @@ SERVING_MODES = {
     ServingMode.LOCAL: pb.SERVING_MODE_LOCAL,
     ServingMode.RECOMPUTED: pb.SERVING_MODE_RECOMPUTED,
 }
-
-
-@dataclass(frozen=True, slots=True)
-class Progress:
-    """Output tokens [first_index, first_index + len(token_ids)) with their text, and the counts so far."""
-
-    first_index: int
-    token_ids: Sequence[int]
-    text: str
-    num_prompt_tokens: int
-    num_cached_tokens: int
-    logprobs: Sequence[Logprobs] = ()  # one for each token, where asked for
-
-    @property
-    def num_output_tokens(self) -> int:
-        return self.first_index + len(self.token_ids)
 
 
 def request_from_proto(message: pb.GenerateRequest) -> PublicRequest:
@@ -87,46 +71,41 @@ def _output_token_ids(packed: bytes) -> array[int]:
         ) from None
 
 
-def chunk_response(request: GenerateRequest, progress: Progress) -> pb.GenerateResponse:
-    chunk = pb.GenerateStreamChunk(
-        token_ids=pack_token_ids(progress.token_ids),
-        text=progress.text,
-        first_index=progress.first_index,
-        prompt_tokens=progress.num_prompt_tokens,
-        completion_tokens=progress.num_output_tokens,
-        cached_tokens=progress.num_cached_tokens,
-        choice_index=request.choice_index,
-        logprobs=[_token_logprob(one) for one in progress.logprobs],
-    )
-    return pb.GenerateResponse(request_id=request.client_request_id, chunk=chunk)
+def generate_response(part: Part) -> pb.GenerateResponse:
+    response = pb.GenerateResponse(request_id=part.request.client_request_id)
+    if part.end is None:
+        response.chunk.CopyFrom(pb.GenerateStreamChunk(**_output(part)))
+    else:
+        response.complete.CopyFrom(_complete(part, part.end))
+    return response
 
 
-def complete_response(
-    request: GenerateRequest,
-    progress: Progress,
-    finish_reason: FinishReason,
-    matched: str | int | None,
-    account: RequestAccount,
-) -> pb.GenerateResponse:
-    """`matched`: the stop string or the stop token that ended the output."""
+def _output(part: Part) -> dict[str, Any]:
+    """The fields that chunks and the last word share."""
+    return {
+        "token_ids": pack_token_ids(part.token_ids),
+        "text": part.text,
+        "first_index": part.first_index,
+        "prompt_tokens": part.num_prompt_tokens,
+        "completion_tokens": part.num_output_tokens,
+        "cached_tokens": part.num_cached_tokens,
+        "choice_index": part.request.choice_index,
+        "logprobs": [_token_logprob(one) for one in part.logprobs],
+    }
+
+
+def _complete(part: Part, end: End) -> pb.GenerateComplete:
     complete = pb.GenerateComplete(
-        token_ids=pack_token_ids(progress.token_ids),
-        text=progress.text,
-        first_index=progress.first_index,
-        prompt_tokens=progress.num_prompt_tokens,
-        completion_tokens=progress.num_output_tokens,
-        cached_tokens=progress.num_cached_tokens,
-        finish_reason=FINISH_REASONS[finish_reason],
-        placement=_placement(account),
-        choice_index=request.choice_index,
-        logprobs=[_token_logprob(one) for one in progress.logprobs],
-        seed=request.sampling_params.seed,
+        **_output(part),
+        finish_reason=FINISH_REASONS[end.finish_reason],
+        placement=_placement(end.account),
+        seed=part.request.sampling_params.seed,
     )
-    if isinstance(matched, str):
-        complete.matched_stop_string = matched
-    elif matched is not None:
-        complete.matched_token_id = matched
-    return pb.GenerateResponse(request_id=request.client_request_id, complete=complete)
+    if isinstance(end.matched, str):
+        complete.matched_stop_string = end.matched
+    elif end.matched is not None:
+        complete.matched_token_id = end.matched
+    return complete
 
 
 def _token_logprob(logprobs: Logprobs) -> pb.TokenLogprob:

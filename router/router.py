@@ -19,6 +19,7 @@ from router.events import (
     Effect,
     Event,
     Fail,
+    RefusedFor,
     Reported,
     Send,
     StopMatched,
@@ -90,10 +91,11 @@ class Router:
         assert request.attempt == 0 and request.request_id not in self._in_flight, request.request_id
         client_key = (request.tenant, request.client_request_id)
         if client_key in self._by_client_id and request.choice_index == 0:
-            return [self._refuse(event, "ALREADY_EXISTS", f"request_id {client_key[1]!r} is in flight already")]
+            message = f"request_id {client_key[1]!r} is in flight already"
+            return [self._refuse(event, RefusedFor.DUPLICATE_ID, "ALREADY_EXISTS", message)]
         if len(self._in_flight) >= self._config.max_in_flight:
             message = f"{len(self._in_flight)} requests are in flight, the most that are taken"
-            return [self._refuse(event, "RESOURCE_EXHAUSTED", message, RETRY_AFTER_S)]
+            return [self._refuse(event, RefusedFor.MAX_IN_FLIGHT, "RESOURCE_EXHAUSTED", message, RETRY_AFTER_S)]
         prompt, given = request.token_ids[: request.num_prompt_tokens], request.token_ids[request.num_prompt_tokens :]
         log = CommitLog(self._config.max_pending_tokens, given)
         arrived_at = now if event.arrived_at is None else event.arrived_at
@@ -105,14 +107,18 @@ class Router:
                 plan, event.links, in_flight.num_tokens, request.priority, request.deadline_s
             )
             if refused:
-                return [self._refuse(event, "RESOURCE_EXHAUSTED", refused.message, refused.retry_after_s)]
+                return [
+                    self._refuse(event, refused.reason, "RESOURCE_EXHAUSTED", refused.message, refused.retry_after_s)
+                ]
         self._in_flight[request.request_id] = in_flight
         self._by_client_id.setdefault(client_key, []).append(request.request_id)
         return self._start_attempt(in_flight, plan, now) if plan else []
 
-    def _refuse(self, event: Arrived, code: str, message: str, retry_after_s: float | None = None) -> Fail:
+    def _refuse(
+        self, event: Arrived, reason: RefusedFor, code: str, message: str, retry_after_s: float | None = None
+    ) -> Fail:
         self.statistics.num_failed += 1
-        return Fail(event.request.request_id, code, message, retry_after_s)
+        return Fail(event.request.request_id, code, message, retry_after_s, reason)
 
     def _cancelled(self, request_id: str) -> list[Effect]:
         in_flight = self._in_flight.get(request_id)

@@ -10,18 +10,25 @@ import secrets
 import time
 import uuid
 from collections.abc import Callable
+from pathlib import Path
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc  # type: ignore[import-untyped]
 from grpc_reflection.v1alpha import reflection  # type: ignore[import-untyped]
 
+from protos import inference_pb2 as pb
 from protos.inference_pb2_grpc import add_ClusterServicer_to_server, add_InferenceServicer_to_server
 from protos.types import PeerRef, WorkerReport
+from router.calls import Calls
 from router.cluster_service import ClusterService
 from router.config import RouterConfig
 from router.driver import Driver
 from router.events import Reported, Tick, WorkerDown, WorkerUp
 from router.front_door import FrontDoor
+from router.http_app import HttpApp
+from router.http_server import HttpServer
+from router.metrics import RouterMetrics
+from router.responses import worker_load
 from router.router import Router
 from router.served_model import ServedModel
 from router.status import ClusterStatus, StatusEvent
@@ -49,14 +56,19 @@ class RouterServer:
         router = Router(config, make_transfer_id=lambda: secrets.token_bytes(16))
         self._config = config
         self._on_worker_lost = on_worker_lost
-        self._driver = Driver(router, config, time.monotonic)
         self._status = ClusterStatus(config, router.view)
+        metrics = RouterMetrics(config, router, self._status)
+        self._driver = Driver(router, config, metrics, time.monotonic)
         self._identity = RouterIdentity("router-0", uuid.uuid4().hex, served.model_fingerprint)
         version = _version()
-        self._front_door = FrontDoor(config, served, self._driver, self._status, self._unavailable, version)
+        self._calls = Calls(config, served, self._driver, self._status, metrics, self._unavailable)
+        self._front_door = FrontDoor(config, served, self._calls, self._worker_loads, version)
         self._cluster = ClusterService(
-            config, router, self._status, self._front_door.worker_loads, served.name, version
+            config, self._calls, router, self._status, self._worker_loads, served.name, version
         )
+        app = HttpApp(config, served, self._calls, router, self._status, metrics, self._cannot_serve, version)
+        self._http = HttpServer(app.asgi, config)
+        self.http_port: int | None = None  # None: not listening
         self._health = health.aio.HealthServicer()
         self._server: grpc.aio.Server | None = None
         self._ticker: asyncio.Task[None] | None = None
@@ -67,7 +79,9 @@ class RouterServer:
     # --- start and stop -------------------------------------------------------------------------------------------
 
     async def start(self) -> int:
-        """Listens; the port. OSError where the address cannot be had."""
+        """Listens; the port of gRPC. OSError where an address cannot be had or a certificate cannot be read."""
+        if self._config.http_listen:
+            self.http_port = await self._http.start()
         options = (
             ("grpc.max_receive_message_length", self._config.max_message_bytes),
             ("grpc.so_reuseport", 0),  # a second router on the same port must fail, not share its clients
@@ -78,7 +92,7 @@ class RouterServer:
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         reflection.enable_server_reflection((INFERENCE, CLUSTER, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
         try:
-            port = server.add_insecure_port(self._config.listen)
+            port = self._add_port(server)
         except RuntimeError as error:
             raise OSError(f"cannot listen on {self._config.listen}: {error}") from error
         await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
@@ -88,18 +102,23 @@ class RouterServer:
         self._ticker.add_done_callback(_log_bug)
         return port
 
+    def _add_port(self, server: grpc.aio.Server) -> int:
+        if self._config.tls_cert is None or self._config.tls_key is None:
+            return server.add_insecure_port(self._config.listen)
+        pair = (Path(self._config.tls_key).read_bytes(), Path(self._config.tls_cert).read_bytes())
+        return server.add_secure_port(self._config.listen, grpc.ssl_server_credentials([pair]))
+
     async def stop(self, grace_s: float) -> None:
         """Takes no more requests, lets those in flight end within grace_s, then leaves the workers."""
         self._is_stopping = True
         await self._health.enter_graceful_shutdown()
-        if self._server is not None:
-            await self._server.stop(grace_s)
+        await asyncio.gather(self._http.stop(grace_s), *([self._server.stop(grace_s)] if self._server else []))
         for channel in list(self._driver.channels.values()):
             self._drop(channel, "the router stops")
         if self._ticker is not None:
             self._ticker.cancel()
         await asyncio.gather(*self._closing, return_exceptions=True)
-        self._front_door.close()
+        self._calls.close()
 
     # --- workers --------------------------------------------------------------------------------------------------
 
@@ -158,6 +177,13 @@ class RouterServer:
         for channel in self._driver.channels.values():
             channel.send_members(self._status.membership_version, members)
 
+    def _worker_loads(self) -> list[pb.WorkerLoad]:
+        view = self._driver.router.view
+        return [
+            worker_load(worker, view.find(worker.ref.worker_id, worker.ref.incarnation))
+            for worker in self._status.known.values()
+        ]
+
     # --- readiness ------------------------------------------------------------------------------------------------
 
     @property
@@ -176,6 +202,13 @@ class RouterServer:
         if self._is_stopping:
             return "stopping"
         return "" if self._was_ready.is_set() else f"not ready: {self._status.shortfall()}"
+
+    def _cannot_serve(self) -> str:
+        """Unlike `is_ready`, a cluster that has been whole and lost some of its workers still serves."""
+        reason = self._unavailable()
+        if not reason and not self._driver.router.view.prefill_workers():
+            reason = "no worker that prefills is up"
+        return reason
 
     async def _tick(self) -> None:
         while True:

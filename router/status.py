@@ -35,10 +35,10 @@ class ClusterStatus:
         self._config = config
         self._view = view
         self._max_kv_tokens = 0
-        self._num_expected: dict[Role, int] = {Role.PREFILL: 0, Role.DECODE: 0}
+        self.num_expected: dict[Role, int] = {Role.PREFILL: 0, Role.DECODE: 0}
 
     def set_expected(self, num_prefill: int, num_decode: int) -> None:
-        self._num_expected = {Role.PREFILL: num_prefill, Role.DECODE: num_decode}
+        self.num_expected = {Role.PREFILL: num_prefill, Role.DECODE: num_decode}
 
     def note_up(self, ref: PeerRef, pid: int) -> None:
         self.known[ref.worker_id] = KnownWorker(ref, pid, is_up=True)
@@ -50,8 +50,8 @@ class ClusterStatus:
 
     def shortfall(self) -> str:
         """What is missing before the cluster is ready; empty when it is."""
-        num_expected = sum(self._num_expected.values())
-        num_up = sum(min(self._num_up(role), self._num_expected[role]) for role in Role)
+        num_expected = sum(self.num_expected.values())
+        num_up = sum(min(self._num_up(role), self.num_expected[role]) for role in Role)
         if num_expected == 0:
             return "no workers are configured yet"
         if num_up < num_expected:

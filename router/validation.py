@@ -16,9 +16,14 @@ class InvalidArgument(ValueError):
     """Names the field and the offending value."""
 
     def __init__(self, field: str, value: object, message: str) -> None:
-        super().__init__(f"{field}: {message}, got {value!r}")
         self.field = field
         self.value = value
+        self.problem = f"{message}, got {value!r}"
+        super().__init__(f"{field}: {self.problem}")
+
+
+class ContextExceeded(InvalidArgument):
+    """Prompt and output together do not fit."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,18 +127,18 @@ def _max_tokens(request: PublicRequest, num_prompt_tokens: int, limits: Limits) 
     if num_prompt_tokens == 0:
         raise InvalidArgument(field, num_prompt_tokens, "the prompt must have at least one token")
     if num_prompt_tokens >= limits.max_model_len:
-        raise InvalidArgument(
+        raise ContextExceeded(
             field, num_prompt_tokens, f"the prompt must have fewer tokens than max_model_len {limits.max_model_len}"
         )
     if num_prompt_tokens >= limits.max_kv_tokens:
         message = f"the prompt must have fewer tokens than a worker's KV pool holds, {limits.max_kv_tokens}"
-        raise InvalidArgument(field, num_prompt_tokens, message)
+        raise ContextExceeded(field, num_prompt_tokens, message)
     num_left = min(limits.max_model_len, limits.max_kv_tokens) - num_prompt_tokens
     if request.max_tokens is None:
         return num_left
     if not 1 <= request.max_tokens <= num_left:
         message = f"must be in [1, {num_left}] after a prompt of {num_prompt_tokens} tokens"
-        raise InvalidArgument("sampling_params.max_tokens", request.max_tokens, message)
+        raise ContextExceeded("sampling_params.max_tokens", request.max_tokens, message)
     return request.max_tokens
 
 

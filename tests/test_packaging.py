@@ -49,3 +49,11 @@ def test_the_demo_model_is_carried_along() -> None:
     patterns = setuptools_config()["package-data"]["cluster"]
     carried = {path for pattern in patterns for path in (ROOT / "cluster").glob(pattern)}
     assert {path for path in (ROOT / "cluster" / "demo_model").rglob("*") if path.is_file()} <= carried
+
+
+def test_the_page_is_carried_along() -> None:
+    patterns = setuptools_config()["package-data"]["router"]
+    carried = {path for pattern in patterns for path in (ROOT / "router").glob(pattern)}
+    files = {path for path in (ROOT / "router" / "ui").rglob("*") if path.is_file()}
+    assert {path.suffix for path in files} == {".html", ".css", ".js"}
+    assert files <= carried

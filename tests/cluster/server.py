@@ -14,10 +14,12 @@ import psutil
 
 from cluster.client import Client
 from cluster.client_types import Status
-from cluster.run_state import running_servers
+from cluster.run_state import RunState, running_servers
 from protos import inference_pb2 as pb
 
 T = TypeVar("T")
+
+LISTEN = ("--listen", "127.0.0.1:0", "--http", "127.0.0.1:0")
 
 START_TIMEOUT_S = 120.0
 STOP_TIMEOUT_S = 30.0
@@ -32,18 +34,20 @@ class Server:
         self.log = log
         with log.open("wb") as output:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "cluster.cli", "serve", "--listen", "127.0.0.1:0", *arguments],
+                [sys.executable, "-m", "cluster.cli", "serve", *LISTEN, *arguments],
                 stdout=output,
                 stderr=subprocess.STDOUT,
             )
-        self.address = ""
+        self.address = self.http_address = ""
 
     def wait_ready(self) -> None:
-        def announced() -> str:
+        def announced() -> RunState | None:
             assert self.process.poll() is None, f"the server ended:\n{self.log.read_text()}"
-            return next((state.address for state in running_servers() if state.pid == self.process.pid), "")
+            return next((state for state in running_servers() if state.pid == self.process.pid), None)
 
-        self.address = eventually(announced, START_TIMEOUT_S)
+        state = eventually(announced, START_TIMEOUT_S)
+        assert state is not None, f"not ready within {START_TIMEOUT_S:g} s:\n{self.log.read_text()}"
+        self.address, self.http_address = state.address, state.http_address
 
     def client(self) -> Client:
         return Client(self.address)

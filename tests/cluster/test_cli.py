@@ -17,7 +17,7 @@ from click.testing import Result
 from typer.testing import CliRunner
 
 from cluster.cli import app
-from tests.cluster.server import PATIENT, Server, eventually, serving
+from tests.cluster.server import LISTEN, PATIENT, Server, eventually, serving
 from tests.tiny_models import save_tiny_model
 
 
@@ -111,7 +111,7 @@ def test_every_listener_is_on_loopback_and_ray_asks_for_its_token(tmp_path: Path
 @pytest.mark.ray
 def test_too_few_ray_resources_is_an_error_within_seconds() -> None:
     started_at = time.monotonic()
-    answer = twinring("serve", "--prefill", "50", "--decode", "50", "--listen", "127.0.0.1:0")
+    answer = twinring("serve", "--prefill", "50", "--decode", "50", *LISTEN)
     assert answer.returncode == 1
     assert "too few Ray resources: 100 workers need" in answer.stderr
     assert time.monotonic() - started_at < 30
@@ -125,7 +125,7 @@ def refused(*arguments: str) -> Result:
 def test_port_in_use_is_named() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         address = f"127.0.0.1:{taken.getsockname()[1]}"
-        answer = refused("serve", "--listen", address)
+        answer = refused("serve", *LISTEN, "--listen", address)
     assert answer.exit_code == 1
     assert address in answer.stderr
 
@@ -147,7 +147,7 @@ def test_port_in_use_is_named() -> None:
 def test_an_unusable_checkpoint_is_refused_with_its_reason(tmp_path: Path, damage, reason: str) -> None:  # type: ignore[no-untyped-def]
     folder = save_tiny_model(tmp_path / "model", "llama")
     damage(folder)
-    answer = refused("serve", "--model", str(folder), "--listen", "127.0.0.1:0")
+    answer = refused("serve", "--model", str(folder), *LISTEN)
     assert answer.exit_code == 1
     assert reason in answer.stderr
     assert str(folder).replace("\n", "") in answer.stderr.replace("\n", "")
@@ -166,6 +166,6 @@ def test_an_unusable_checkpoint_is_refused_with_its_reason(tmp_path: Path, damag
     ],
 )
 def test_a_wrong_setting_is_named(arguments: tuple[str, ...], words: str) -> None:
-    answer = refused("serve", "--listen", "127.0.0.1:0", *arguments)
+    answer = refused("serve", *LISTEN, *arguments)
     assert answer.exit_code == 1
     assert words in answer.stderr

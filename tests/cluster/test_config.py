@@ -43,6 +43,11 @@ def test_ray_address_comes_from_the_environment_unless_given(monkeypatch: pytest
         ("engine: {block_size: 63}", "block_size 63 is not a multiple of hash_block_size 64"),
         ("router: {block_size: 128}", "set engine.block_size only"),
         ("transfer: {checksum: md5}", "md5"),
+        ("worker_port: 70000", "worker_port must be within 0 and 65535, not 70000"),
+        ("worker_port: 50052", "worker_port 50052: all workers of a private Ray"),
+        ("drain_timeout_s: -1", "drain_timeout_s must not be negative, not -1"),
+        ("ray: {join_as_node: true}", "join_as_node needs ray.address as host:port of the cluster, not None"),
+        ("ray: {join_as_node: true, address: auto}", "join_as_node needs ray.address .* not auto"),
         ("- a list", "expected a mapping"),
         ("a: [", "config"),
     ],
@@ -63,3 +68,9 @@ def test_colocated_workers_are_one_pool() -> None:
     ]
     colocated = load_config(None, {"num_prefill": 1, "num_decode": 2, "router.mode": "colocated"})
     assert worker_slots(colocated) == [(f"worker-{i}", Role.PREFILL) for i in range(3)]
+
+
+def test_one_worker_may_have_a_fixed_port_anywhere() -> None:
+    alone = {"num_prefill": 1, "num_decode": 0, "router.mode": "colocated", "worker_port": 50052}
+    assert load_config(None, alone).worker_port == 50052
+    assert load_config(None, {"worker_port": 50052, "ray.address": "10.0.0.1:6379"}).worker_port == 50052

@@ -33,6 +33,7 @@ from protos.types import (
     RouterCommand,
     SamplingParams,
     TokenOutput,
+    TransferStats,
 )
 
 FINGERPRINT = "model"
@@ -42,6 +43,7 @@ class NoTransfers:
     """A worker that is never asked to hand off."""
 
     warm_links = ("decode-7",)
+    stats = TransferStats(num_completed=3)
 
     def __init__(self) -> None:
         self.members: list[tuple[int, tuple[PeerRef, ...]]] = []
@@ -128,6 +130,7 @@ async def test_tokens_reach_the_router_that_asked_and_heartbeats_carry_stats(wor
         assert report.outputs == ()
         assert report.stats is not None
         assert report.stats.warm_links == ("decode-7",)
+        assert report.stats.transfers.num_completed == 3
         assert report.stats.ledger_balanced
 
 

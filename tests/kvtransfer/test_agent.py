@@ -14,7 +14,7 @@ import pytest_asyncio
 import torch
 
 from kvtransfer.config import TransferConfig
-from protos.types import PeerRef, Role
+from protos.types import PeerRef, Role, TransferFailure, TransferStats
 from tests.kvtransfer.workers import CONFIG, LAYOUT, Worker, altered, membership, until
 
 torch.set_num_threads(1)
@@ -54,6 +54,8 @@ async def test_blocks_arrive_whole_chunk_by_chunk(pair: tuple[Worker, Worker]) -
     sent = source.store.pool[[3, 1, 4, 15, 9, 2, 6, 5, 35, 8, 7]]
     assert torch.equal(destination.store.pool[list(target)], sent)
     assert not destination.store.pool[:40].any()
+    assert destination.agent.stats == TransferStats(1, 11 * LAYOUT.block_nbytes)
+    assert source.agent.stats == TransferStats(), "what was sent counts where it was received"
 
 
 async def test_only_what_the_destination_lacks_moves(pair: tuple[Worker, Worker]) -> None:
@@ -104,6 +106,8 @@ async def test_host_refuses(pair: tuple[Worker, Worker]) -> None:
     assert (await source.host.next("refused", transfer_id))[2] == "no room"
     assert destination.host.ends(transfer_id) == []
     assert destination.agent.open_transfers == 0
+    assert source.agent.stats.num_failed == ((TransferFailure.REFUSED, 1),)
+    assert destination.agent.stats.num_failed == ()
 
 
 async def test_offer_may_precede_its_announcement(pair: tuple[Worker, Worker]) -> None:
@@ -174,6 +178,9 @@ async def test_abort_in_each_state(pair: tuple[Worker, Worker], when: str, by_so
     assert lost[2] == "client left"
     end = "refused" if when == "opened" and not by_source else "closed"
     await source.host.next(end, transfer_id)
+    refused_or_aborted = TransferFailure.REFUSED if end == "refused" else TransferFailure.ABORTED
+    assert source.agent.stats.num_failed == ((refused_or_aborted, 1),)
+    assert destination.agent.stats.num_failed == ((TransferFailure.ABORTED, 1),)
     # The link has survived it.
     destination.grants((30, 31))
     again = start(source, destination, 2)
@@ -207,6 +214,7 @@ async def test_open_without_a_warm_link_is_refused(pair: tuple[Worker, Worker]) 
     source.agent.open(transfer_id, stranger, "r", 1, 1)
     assert source.host.events == [], "not from within the call"
     assert "d9" in (await source.host.next("refused", transfer_id))[2]
+    assert source.agent.stats.num_failed == ((TransferFailure.NO_LINK, 1),)
 
 
 async def test_departed_members_take_their_transfers_along(pair: tuple[Worker, Worker]) -> None:
@@ -221,6 +229,7 @@ async def test_departed_members_take_their_transfers_along(pair: tuple[Worker, W
     destination.agent.set_members(2, (destination.me,))
     await destination.host.next("lost", transfer_id)
     await destination.host.next("lost", announced)
+    assert destination.agent.stats.num_failed == ((TransferFailure.LINK_LOST, 2),)
     source.agent.set_members(2, (source.me,))
     assert source.agent.warm_links == ()
     await source.host.next("closed", transfer_id)
@@ -264,6 +273,9 @@ async def _move_flipped(checksum: str) -> tuple[list[str], bool]:
     source.agent.commit(transfer_id, 0, (1,))
     await source.host.next("closed", transfer_id)
     ends = destination.host.ends(transfer_id)
+    if ends == ["lost"]:
+        assert destination.agent.stats == TransferStats(0, 0, ((TransferFailure.CORRUPT, 1),))
+        assert source.agent.stats.num_failed == ((TransferFailure.ABORTED, 1),), "the cause counts where it was seen"
     is_equal = torch.equal(destination.store.pool[:2], source.store.pool[:2])
     await source.stop()
     await destination.stop()

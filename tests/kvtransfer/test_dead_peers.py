@@ -15,7 +15,7 @@ import pytest_asyncio
 import torch
 
 from kvtransfer.memory_link import MemoryTransport
-from protos.types import PeerRef, Role
+from protos.types import PeerRef, Role, TransferFailure
 from tests.kvtransfer.workers import CONFIG, Worker, membership, until
 
 torch.set_num_threads(1)
@@ -119,6 +119,7 @@ async def test_source_killed_in_mid_transfer() -> None:
         assert destination.host.ends(transfer_id) == []
         victim.process.send_signal(signal.SIGKILL)
         await destination.host.next("lost", transfer_id, timeout_s=2)
+    assert destination.agent.stats.num_failed == ((TransferFailure.LINK_LOST, 1),)
     await destination.stop()
 
 
@@ -161,5 +162,7 @@ async def test_an_offer_that_the_host_never_answers_is_refused_in_time() -> None
     await source.host.next("refused", transfer_id)
     await destination.host.next("lost", transfer_id)
     destination.agent.grant(transfer_id, 0, tuple(range(8)))  # late: ignored
+    ends = {*dict(source.agent.stats.num_failed), *dict(destination.agent.stats.num_failed)}
+    assert TransferFailure.TIMEOUT in ends, "whichever of the two noticed first"
     await source.stop()
     await destination.stop()

@@ -52,6 +52,7 @@ from kvtransfer.source_transfer import (
     SourceTransfer,
 )
 from kvtransfer.transfer import AbortAsked, CancelWork, LinkLost, Received, Tell, Tick
+from protos.types import TransferFailure
 
 BLOCK_NBYTES = 10
 CONFIG = TransferConfig(chunk_nbytes=2 * BLOCK_NBYTES)
@@ -368,7 +369,9 @@ def test_two_chunks_for_one_block_end_the_transfer() -> None:
     assert transfer.on(Received(Chunk(STAMP, 0, 1, 2, 2 * BLOCK_NBYTES, 7)), 1) == [Receive(0, (11, 12), 7)]
     assert transfer.on(Received(Chunk(STAMP, 0, 1, 2, 2 * BLOCK_NBYTES, 7)), 1) == []  # a repeat is not a second one
     assert CancelWork() in transfer.on(Received(Chunk(STAMP, 1, 2, 1, BLOCK_NBYTES, 7)), 1)
-    assert transfer.on(ChunkEnded(0, "cancelled"), 1)[-1] == ReportLost("a second chunk for blocks in [2, 3)")
+    assert transfer.on(ChunkEnded(0, "cancelled"), 1)[-1] == ReportLost(
+        "a second chunk for blocks in [2, 3)", TransferFailure.CORRUPT
+    )
 
 
 def test_other_kinds_are_refused_until_they_are_served() -> None:
@@ -382,7 +385,7 @@ def test_a_withdrawn_offer_is_lost_at_its_announcement() -> None:
     transfer = DestinationTransfer(STAMP, "r", BLOCK_NBYTES, CONFIG)
     transfer.on(Received(Offer(STAMP, TransferKind.HANDOFF, "r", 1)), 0)
     assert transfer.on(Received(Abort(STAMP, "token 0 ended it")), 0.1) == []
-    assert transfer.on(Announced(STAMP, "r"), 0.2) == [ReportLost("token 0 ended it")]
+    assert transfer.on(Announced(STAMP, "r"), 0.2) == [ReportLost("token 0 ended it", TransferFailure.ABORTED)]
 
 
 def test_an_early_ack_is_not_believed() -> None:
@@ -391,8 +394,8 @@ def test_an_early_ack_is_not_believed() -> None:
     source.on(Received(Accept(STAMP, 0)), 0)
     source.on(BlocksComputed(0, (5, 6)), 0)
     effects = source.on(Received(Ack(STAMP)), 0)
-    assert ReportClosed() not in effects, "the gather is under way"
-    assert source.on(Gathered(0, 1), 0) == [ReportClosed()]
+    assert not any(isinstance(effect, ReportClosed) for effect in effects), "the gather is under way"
+    assert source.on(Gathered(0, 1), 0) == [ReportClosed(TransferFailure.CORRUPT)]
 
 
 def test_source_deadlines() -> None:
@@ -406,7 +409,7 @@ def test_source_deadlines() -> None:
     source.on(Gathered(0, 1), 14)
     assert source.deadline == 14 + CONFIG.answer_timeout_s
     assert source.on(Tick(), 15.9) == []
-    assert source.on(Tick(), 16)[-1] == ReportClosed()
+    assert source.on(Tick(), 16)[-1] == ReportClosed(TransferFailure.TIMEOUT)
 
 
 def test_an_unanswered_offer_is_refused() -> None:

@@ -23,6 +23,8 @@ from protos.types import (
     SamplingParams,
     ServingMode,
     TokenOutput,
+    TransferFailure,
+    TransferStats,
     WorkerAccount,
     WorkerReport,
     WorkerStats,
@@ -83,6 +85,8 @@ def test_command_survives_the_wire() -> None:
 
 def test_report_survives_the_wire() -> None:
     account = WorkerAccount(3, 0.1, 0.2, 1, 4096, 0.3, 0.05, 64, ServingMode.RECOMPUTED, "checksum mismatch")
+    num_failed = ((TransferFailure.CORRUPT, 3), (TransferFailure.REFUSED, 4))
+    transfers = TransferStats(1, 2, num_failed)
     report = WorkerReport(
         heartbeat=3,
         outputs=(
@@ -90,7 +94,7 @@ def test_report_survives_the_wire() -> None:
             TokenOutput("r2", 1, 0, (), FinishReason.ERROR, account, "why"),
         ),
         refusals=(HandoffRefused("r1", 1, "no room"),),
-        stats=WorkerStats(1, 2, 3, 4, 5, 6, 7, False, 8, 0.5, ("decode-0",), 11),
+        stats=WorkerStats(1, 2, 3, 4, 5, 6, 7, False, 8, 0.5, ("decode-0",), 11, transfers),
     )
     assert codec.report_from_proto(codec.report_to_proto(report)) == report
 

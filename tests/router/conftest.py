@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 
 import grpc
 import pytest
+from openai import AsyncOpenAI
 
 from protos import inference_pb2 as pb
 from protos.inference_pb2_grpc import ClusterStub, InferenceStub
@@ -18,6 +19,7 @@ from tests.router.tokenizers_for_tests import EOS_TOKEN_ID, byte_level
 
 CONFIG = RouterConfig(
     listen="127.0.0.1:0",
+    http_listen="127.0.0.1:0",
     hash_block_size=4,
     block_size=4,
     lease_s=1.0,
@@ -49,6 +51,16 @@ class Service:
     channel: grpc.aio.Channel
     workers: dict[str, FakeWorker] = field(default_factory=dict)
     lost: list[tuple[PeerRef, str]] = field(default_factory=list)
+    clients: list[AsyncOpenAI] = field(default_factory=list)
+
+    @property
+    def http_url(self) -> str:
+        return f"http://127.0.0.1:{self.server.http_port}"
+
+    def openai(self, token: str = "none") -> AsyncOpenAI:
+        client = AsyncOpenAI(base_url=f"{self.http_url}/v1", api_key=token, max_retries=0, timeout=20)
+        self.clients.append(client)
+        return client
 
     @property
     def inference(self) -> InferenceStub:
@@ -100,6 +112,8 @@ async def launch() -> AsyncIterator[Callable[..., object]]:
 
     yield start
     for service in services:
+        for client in service.clients:
+            await client.close()
         await service.channel.close()
         await service.server.stop(0)
         for worker in service.workers.values():

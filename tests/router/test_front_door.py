@@ -232,7 +232,7 @@ async def test_too_many_long_prompts_at_once(launch: Any) -> None:
     served = replace(SERVED, tokenizer=tokenizer)
     service = await launch("p-0", "d-0", config=with_fields(max_tokenizing=2), served=served)
     answers = [asyncio.create_task(service.generate(text="x" * 3000, sampling_params=sampling())) for _ in range(2)]
-    await eventually(lambda: service.server._front_door._prompts._num_tokenizing == 2)
+    await eventually(lambda: service.server._calls._prompts._num_tokenizing == 2)
     error = await error_of(service, text="x" * 3000)
     assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
     assert error.details() == "2 long prompts wait to be tokenized, the most that may"
