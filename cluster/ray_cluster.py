@@ -10,10 +10,10 @@ import os
 import socket
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from cluster.config import RayConfig
-from cluster.ray_node import OBJECT_STORE_NBYTES, RayUnavailable, ray_folder, ray_node
+from cluster.ray_node import OBJECT_STORE_NBYTES, RayNode, RayUnavailable, ray_folder, ray_node
 from protos.types import Role
 
 PROBE_TIMEOUT_S = 3.0
@@ -21,27 +21,28 @@ PROBE_INTERVAL_S = 0.5
 
 
 @contextlib.contextmanager
-def ray_cluster(config: RayConfig, roles: Sequence[Role]) -> Iterator[None]:
-    """Connected to a Ray that has room for a worker of each of `roles`; RayUnavailable says what is missing."""
-    with _private_ray() if config.address is None else _joined_ray(config, config.address):
+def ray_cluster(config: RayConfig, roles: Sequence[Role]) -> Iterator[Callable[[], bool]]:
+    """Connected to a Ray that has room for a worker of each of `roles`; RayUnavailable says what is missing. What it
+    gives says whether the node that was started here for it has ended, and the connection with it."""
+    with _private_ray() if config.address is None else _joined_ray(config, config.address) as node:
         _require_resources(config, roles)
-        yield
+        yield node.has_ended if node is not None else lambda: False
 
 
 @contextlib.contextmanager
-def _joined_ray(config: RayConfig, address: str) -> Iterator[None]:
+def _joined_ray(config: RayConfig, address: str) -> Iterator[RayNode | None]:
     with contextlib.ExitStack() as stack:
-        folder = None
+        node = None
         if config.join_as_node:  # this machine comes up with the cluster, perhaps before its head
             _probe(address, config.schedule_timeout_s)
-            folder = stack.enter_context(ray_node(address, config.start_timeout_s))
+            node = stack.enter_context(ray_node(address, config.start_timeout_s))
         else:
             _probe(address, 0.0)
         import ray
 
         try:
-            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, _temp_dir=folder)
-            yield
+            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, _temp_dir=node and node.folder)
+            yield node
         finally:
             ray.shutdown()
 

@@ -12,6 +12,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 OBJECT_STORE_NBYTES = 80 << 20  # Ray's least; nothing of ours goes through it
@@ -20,6 +21,16 @@ STOP_TIMEOUT_S = 5.0
 
 class RayUnavailable(ValueError):
     """The cluster cannot be reached or cannot hold what was asked for."""
+
+
+@dataclass(frozen=True, slots=True)
+class RayNode:
+    folder: str  # by which ray.init tells it from other nodes on this machine
+    process: subprocess.Popen[bytes]
+
+    def has_ended(self) -> bool:
+        """As it does a minute after the cluster's head is gone."""
+        return self.process.poll() is not None
 
 
 @contextlib.contextmanager
@@ -33,15 +44,14 @@ def ray_folder() -> Iterator[str]:
 
 
 @contextlib.contextmanager
-def ray_node(address: str, timeout_s: float) -> Iterator[str]:
-    """A node of the cluster at `address` (host:port), up within timeout_s; its folder, by which ray.init tells it from
-    other nodes on this machine."""
+def ray_node(address: str, timeout_s: float) -> Iterator[RayNode]:
+    """A node of the cluster at `address` (host:port), up within timeout_s."""
     with ray_folder() as folder:
         log = Path(folder, "start.log")
         process = _start(address, folder, log)
         try:
             _wait_until_up(process, folder, log, address, timeout_s)
-            yield folder
+            yield RayNode(folder, process)
         finally:
             _end(process)
 

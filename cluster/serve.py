@@ -4,6 +4,7 @@ out."""
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import logging
 import os
@@ -11,7 +12,7 @@ import secrets
 import signal
 import socket
 import sys
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from types import FrameType
 from typing import Any
 
@@ -31,6 +32,7 @@ from router.server import RouterServer
 logger = logging.getLogger("twinring.cluster")
 
 LINK_TIMEOUT_S = 30.0
+RAY_CHECK_INTERVAL_S = 1.0
 
 
 class Stopped(Exception):
@@ -46,11 +48,15 @@ def run(config: ServeConfig, on_progress: Progress, log_level: str) -> None:
         _require_free(listen)
     signal.signal(signal.SIGTERM, _exit)  # until the event loop has handlers of its own
     on_progress("ray", "starting" if config.ray.address is None else f"joining {config.ray.address}")
-    with ray_cluster(config.ray, [role for _, role in worker_slots(config)]):
-        asyncio.run(_serve(config, facts, on_progress, log_level))
+    with ray_cluster(config.ray, [role for _, role in worker_slots(config)]) as has_lost_ray:
+        asyncio.run(_serve(config, facts, has_lost_ray, on_progress, log_level))
+        if has_lost_ray():
+            raise OSError(f"the Ray node that had joined {config.ray.address} has ended: start again to join it anew")
 
 
-async def _serve(config: ServeConfig, facts: ModelFacts, on_progress: Progress, log_level: str) -> None:
+async def _serve(
+    config: ServeConfig, facts: ModelFacts, has_lost_ray: Callable[[], bool], on_progress: Progress, log_level: str
+) -> None:
     stop, stop_now = asyncio.Event(), asyncio.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(number, lambda: (stop_now if stop.is_set() else stop).set())
@@ -69,7 +75,9 @@ async def _serve(config: ServeConfig, facts: ModelFacts, on_progress: Progress, 
             on_progress("router", f"ready on {address}; {kv_estimate(config, facts)}")
             if http_address:
                 on_progress("http", f"{'http' if config.router.tls_cert is None else 'https'}://{http_address}/v1, /ui")
-            await stop.wait()
+            while not stop.is_set() and not has_lost_ray():  # without Ray no worker can be replaced
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(stop.wait(), RAY_CHECK_INTERVAL_S)
     except Stopped:
         pass
     finally:

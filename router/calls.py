@@ -129,15 +129,15 @@ class Calls:
     ) -> None:
         """All choices to their last word, or to the first failure: then the writer has said so, and CutOff comes. A
         call that is cancelled stops its workers at once."""
-        over = self._tenants.admit(tenant, arrived.request.num_prompt_tokens, time.monotonic())
-        if over is not None:
-            refused = self._refused(public, RefusedFor.TENANT_LIMIT, over.message, over.retry_after_s)
-            await writer.cut_off(refused.fail)
         choices = [replace(arrived, request=choice) for choice in choices_of(arrived.request, public.n)]
         replies = [
             Reply(self._config, self._driver, self.recent, choice, self._text(public), stream, writer)
             for choice in choices
         ]
+        over = self._tenants.admit(tenant, arrived.request.num_prompt_tokens, time.monotonic())
+        if over is not None:
+            refused = self._refused(public, RefusedFor.TENANT_LIMIT, over.message, over.retry_after_s)
+            await writer.cut_off(refused.fail)
         try:
             calls = self._driver.open_calls(choices)
             try:
@@ -145,7 +145,8 @@ class Calls:
             finally:  # also where the client has cancelled
                 self._driver.close_calls(calls)
         finally:
-            self._tenants.ended(tenant, sum(reply.num_output_tokens for reply in replies))
+            num_output_tokens = sum(reply.num_output_tokens for reply in replies)
+            self._tenants.ended(tenant, num_output_tokens, time.monotonic())
 
     def abort(self, tenant: Tenant, client_request_id: str) -> bool:
         """False: the tenant has no such request in flight."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -28,8 +29,17 @@ class TenantConfig:
             raise ValueError(f"token_sha256 of tenant {self.name} must be 64 lower-case hex digits")
         for name in ("max_concurrent_requests", "max_requests_per_minute", "max_tokens_per_minute"):
             value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise ValueError(f"{name} of tenant {self.name} must be above 0, got {value}")
+            if value is not None and not 0 < value < math.inf:
+                raise ValueError(f"{name} of tenant {self.name} must be above 0 and finite, got {value}")
+
+
+def refuse_repeated(configs: Sequence[TenantConfig]) -> None:
+    """ValueError where a name or a token stands for two tenants."""
+    names, hashes = [config.name for config in configs], [config.token_sha256 for config in configs]
+    for what, values in (("name", names), ("token", hashes)):
+        repeated = [name for name, value in zip(names, values, strict=True) if values.count(value) > 1]
+        if repeated:
+            raise ValueError(f"two tenants have the {what} of {repeated[0]}")
 
 
 class Unauthenticated(Exception):
@@ -60,7 +70,8 @@ class OverLimit:
 class Bucket:
     """A token bucket that holds a minute's worth and may go into debt: what a call takes is known only at its end.
 
-    Invariant: level <= per_minute; a call is taken only while it is above 0."""
+    Invariant: what is taken in any span of t seconds is at most per_minute * (1 + t / 60), and what the calls that were
+    running before it took at their end."""
 
     def __init__(self, per_minute: float) -> None:
         self._per_minute = per_minute
@@ -69,13 +80,17 @@ class Bucket:
 
     def wait_s(self, now: float) -> float:
         """Until a call is taken; 0: now."""
-        self._level = min(self._per_minute, self._level + (now - self._filled_at) * self._per_minute / 60)
-        self._filled_at = now
+        self._fill(now)
         # One unit, or all that a slower bucket can hold, must be there.
         return max(0.0, (min(1.0, self._per_minute) - self._level) * 60 / self._per_minute)
 
-    def take(self, amount: float) -> None:
+    def take(self, amount: float, now: float) -> None:
+        self._fill(now)  # first: what overflowed before cannot pay for this
         self._level -= amount
+
+    def _fill(self, now: float) -> None:
+        self._level = min(self._per_minute, self._level + (now - self._filled_at) * self._per_minute / 60)
+        self._filled_at = now
 
 
 class _Quota:
@@ -92,11 +107,7 @@ class Tenants:
     """Invariant: num_running of a tenant is the number of its calls between admit and ended."""
 
     def __init__(self, configs: Sequence[TenantConfig]) -> None:
-        names, hashes = [config.name for config in configs], [config.token_sha256 for config in configs]
-        for what, values in (("name", names), ("token", hashes)):
-            if len(set(values)) < len(values):
-                repeated = next(name for name, value in zip(names, values, strict=True) if values.count(value) > 1)
-                raise ValueError(f"two tenants have the {what} of {repeated}")
+        refuse_repeated(configs)
         self._quotas = {config.name: _Quota(config) for config in configs}
 
     @property
@@ -131,18 +142,18 @@ class Tenants:
         if limit is None and quota is not None:
             quota.num_running += 1
             if quota.requests:
-                quota.requests.take(1)
+                quota.requests.take(1, now)
             if quota.tokens:
-                quota.tokens.take(num_prompt_tokens)
+                quota.tokens.take(num_prompt_tokens, now)
         return limit
 
-    def ended(self, tenant: Tenant, num_output_tokens: int) -> None:
+    def ended(self, tenant: Tenant, num_output_tokens: int, now: float) -> None:
         quota = self._quotas.get(tenant.name)
         if quota is None:
             return
         quota.num_running -= 1
         if quota.tokens:
-            quota.tokens.take(num_output_tokens)
+            quota.tokens.take(num_output_tokens, now)
 
 
 def _over(quota: _Quota, now: float) -> OverLimit | None:

@@ -37,10 +37,6 @@ class Lexicon:
     filler: str | None = None  # needed to hit any length where a unit makes several tokens
     num_extra_tokens: int = 0  # what the server adds to every prompt: a template, a first token
 
-    @property
-    def is_exact(self) -> bool:
-        return self.tokens_per_unit == 1.0 or self.filler is not None
-
     def draw(self, num_tokens: int, rng: Random) -> list[Unit]:
         """Units for so many tokens. With the same rng, a shorter draw is the beginning of a longer one, but for the
         fillers at its end."""

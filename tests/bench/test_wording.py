@@ -56,7 +56,3 @@ def test_words_that_cost_alike() -> None:
 def test_too_few_words_that_cost_alike() -> None:
     with pytest.raises(ValueError, match="no 8 words of 20"):
         alike_words({f" w{index}": index for index in range(20)})
-
-
-def test_a_lexicon_says_whether_it_is_exact() -> None:
-    assert IDS.is_exact and THREES.is_exact and not Lexicon(WORDS, 1.3).is_exact

@@ -64,15 +64,22 @@ def ray_start(host: str, resource: str, *arguments: str) -> Iterator[psutil.Proc
             process.wait(10.0)
 
 
-@pytest.fixture
-def cluster(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[tuple[str, list[psutil.Process]]]:
+@pytest.fixture(scope="module")
+def own_place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """`twinring stop` ends every server that it finds, so these have a place of their own."""
+    folder = tmp_path_factory.mktemp("place")
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setenv("RAY_AUTH_MODE", "token")
+        monkeypatch.setenv("RAY_AUTH_TOKEN", secrets.token_hex(32))
+        monkeypatch.delenv("RAY_ADDRESS", raising=False)
+        monkeypatch.setenv("TMPDIR", str(folder))
+        monkeypatch.setattr(tempfile, "tempdir", str(folder))
+        yield folder
+
+
+@pytest.fixture(scope="module")
+def cluster(own_place: Path) -> Iterator[tuple[str, list[psutil.Process]]]:
     """host:port of a Ray cluster that asks for a token, and the processes that started its two nodes."""
-    monkeypatch.setenv("RAY_AUTH_MODE", "token")
-    monkeypatch.setenv("RAY_AUTH_TOKEN", secrets.token_hex(32))
-    monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    # `twinring stop` ends every server that it finds, so these have a place of their own.
-    monkeypatch.setenv("TMPDIR", str(tmp_path))
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     port = free_port(HEAD)
     head_only = (f"--port={port}", f"--ray-client-server-port={free_port(HEAD)}", "--include-dashboard=false")
     with (
@@ -101,15 +108,7 @@ def test_workers_on_two_nodes_serve_and_leave_only_the_cluster_that_was_there(
     address, nodes = cluster
     before = {process.pid for node in nodes for process in node.children(recursive=True)}
     port = free_port(OTHER)  # the same on both nodes
-    settings = (
-        *PATIENT,
-        *("ray.join_as_node=true", "ray.prefill_resource=for_prefill", "ray.decode_resource=for_decode"),
-        *("worker_bind_host=auto", "transfer.bind_host=auto", f"worker_port={port}", "ray.schedule_timeout_s=60"),
-        "drain_timeout_s=20",
-    )
-    model = str(save_tiny_model(tmp_path / "model", "llama"))
-    options = [option for setting in settings for option in ("--set", setting)]
-    server = Server(["--model", model, "--address", address, *options], tmp_path / "serve.log")
+    server = join(address, tmp_path, f"worker_port={port}", "drain_timeout_s=20")
     try:
         server.wait_ready()
         for worker, host in (("prefill-0", HEAD), ("decode-0", OTHER)):
@@ -131,6 +130,33 @@ def test_workers_on_two_nodes_serve_and_leave_only_the_cluster_that_was_there(
     assert before <= {process.pid for node in nodes for process in node.children(recursive=True)}
     assert "no server is running" in twinring("stop").stderr
     assert not Path(folder).exists()
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_router_whose_ray_node_ends_goes_with_it(cluster: tuple[str, list[psutil.Process]], tmp_path: Path) -> None:
+    """Without Ray it can replace no worker: whatever started it is to start it again."""
+    server = join(cluster[0], tmp_path)
+    try:
+        server.wait_ready()
+        family = server.family()
+        next(process for process in family if process.name() == "raylet").kill()
+        assert server.process.wait(40.0) == 1
+        assert "the Ray node that had joined" in server.log.read_text()
+        assert eventually(lambda: not [process for process in family if process.is_running()], 10.0)
+    finally:
+        server.stop()
+
+
+def join(address: str, folder: Path, *settings: str) -> Server:
+    settings = (
+        *PATIENT,
+        *("ray.join_as_node=true", "ray.prefill_resource=for_prefill", "ray.decode_resource=for_decode"),
+        *("worker_bind_host=auto", "transfer.bind_host=auto", "ray.schedule_timeout_s=60", *settings),
+    )
+    model = str(save_tiny_model(folder / "model", "llama"))
+    options = [option for setting in settings for option in ("--set", setting)]
+    return Server(["--model", model, "--address", address, *options], folder / "serve.log")
 
 
 def stop_in_mid_stream(server: Server) -> None:

@@ -1,5 +1,5 @@
 """The chart's containers, run as rendered: they find each other, their probes succeed, and text comes out of the
-Service, under TLS. No KubeRay and no kubelet here: tests/helm/pods.py stands in for one, and says what it leaves out."""
+Service, under TLS. No KubeRay and no kubelet: tests/helm/pods.py stands in for one, and says what it leaves out."""
 
 from __future__ import annotations
 
