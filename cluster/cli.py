@@ -233,6 +233,8 @@ def client_of(address: str | None, token: str | None, ca: str | None) -> Client:
         return Client(address, access=Access(token, ca))
     except OSError as error:
         raise fail(f"--ca {ca}: {error}") from error
+    except ValueError as error:
+        raise fail(f"--token: {error}") from error
 
 
 def main() -> None:

@@ -62,7 +62,12 @@ def credentials_of(access: Access) -> grpc.ChannelCredentials | None:
 
 
 def metadata_of(access: Access) -> tuple[tuple[str, str], ...]:
-    return () if access.token is None else (("authorization", f"Bearer {access.token}"),)
+    """ValueError where the token cannot be sent; gRPC's own error would quote it."""
+    if access.token is None:
+        return ()
+    if not (access.token.isascii() and access.token.isprintable()):
+        raise ValueError("the token has a line end or another character that no header may have")
+    return (("authorization", f"Bearer {access.token}"),)
 
 
 # --- to the server ------------------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ from engine.worker_config import EngineConfig, LeaseConfig
 from kvtransfer.config import TransferConfig
 from protos.types import Role
 from router.config import RouterConfig
+from router.tenants import TenantConfig
 
 DEMO_MODEL = str(Path(__file__).parent / "demo_model")
 
@@ -101,16 +102,15 @@ def load_config(path: str | None = None, overrides: Mapping[str, Any] | None = N
             raise ValueError(f"config {path}: {error}") from error
         if not isinstance(tree, dict):
             raise ValueError(f"config {path}: expected a mapping, got {type(tree).__name__}")
+        tree = {name: value for name, value in tree.items() if value is not None}  # as if it were not there
     for name, value in (overrides or {}).items():
         if value is not None:
             _set(tree, name.split("."), value)
+    _refuse_unknown(tree, ServeConfig, "")
     tree.setdefault("engine", {}).setdefault("model", DEMO_MODEL)
     if "RAY_ADDRESS" in os.environ:
         tree.setdefault("ray", {}).setdefault("address", os.environ["RAY_ADDRESS"])
-    _refuse_unknown(tree, ServeConfig, "")
-    tenants = _tenants(tree.get("tenants_file"))
-    if tenants is not None:
-        tree.setdefault("router", {})["tenants"] = tenants
+    tree.setdefault("router", {})["tenants"] = _tenants(tree.get("tenants_file"))
     for name, section in SHARED_SETTINGS.items():
         if name in tree.get(section, {}):
             tree.setdefault("router", {}).setdefault(name, tree[section][name])
@@ -124,15 +124,15 @@ def load_config(path: str | None = None, overrides: Mapping[str, Any] | None = N
         raise ValueError("; ".join(problems)) from error
 
 
-def _tenants(path: str | None) -> list[dict[str, Any]] | None:
-    """None: nobody asked for any."""
+def _tenants(path: object) -> tuple[TenantConfig, ...]:
+    """Empty: nobody asked for any."""
     tokens = os.environ.get(TOKENS_VARIABLE)
     path = os.environ.get(FILE_VARIABLE) if path is None else path
     if path is not None and tokens is not None:
         raise ValueError(f"tenants come from tenants_file or from {TOKENS_VARIABLE}, not from both")
     if path is not None:
-        return read_tenants_file(path)
-    return None if tokens is None else parse_tokens(tokens)
+        return read_tenants_file(str(path))
+    return () if tokens is None else parse_tokens(tokens)
 
 
 def _set(tree: dict[str, Any], path: list[str], value: Any) -> None:
@@ -146,5 +146,9 @@ def _refuse_unknown(tree: Mapping[str, Any], cls: type, prefix: str) -> None:
     for name, value in tree.items():
         if name not in hints:
             raise ValueError(f"unknown setting {prefix}{name}; known: {', '.join(sorted(hints))}")
-        if dataclasses.is_dataclass(hints[name]) and isinstance(value, Mapping):
+        if hints[name] is tuple[TenantConfig, ...]:
+            raise ValueError(f"{prefix}{name} cannot be set here: tenants_file names the file that has them")
+        if dataclasses.is_dataclass(hints[name]):
+            if not isinstance(value, Mapping):
+                raise ValueError(f"{prefix}{name} must be a mapping, got {value!r}")
             _refuse_unknown(value, typing.cast(type, hints[name]), f"{prefix}{name}.")

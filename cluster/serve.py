@@ -28,6 +28,7 @@ from engine.paged_kv_cache import num_blocks_for
 from protos.types import Role
 from router.served_model import ServedModel
 from router.server import RouterServer
+from router.tls import read_key_and_chain
 
 logger = logging.getLogger("twinring.cluster")
 
@@ -46,6 +47,7 @@ def run(config: ServeConfig, on_progress: Progress, log_level: str) -> None:
     facts = read_model_facts(model_folder(config.engine.model, config.hub_cache))
     for listen in (config.router.listen, config.router.http_listen):
         _require_free(listen)
+    read_key_and_chain(config.router)  # what is wrong with it should be known now, not once the model is loaded
     signal.signal(signal.SIGTERM, _exit)  # until the event loop has handlers of its own
     on_progress("ray", "starting" if config.ray.address is None else f"joining {config.ray.address}")
     with ray_cluster(config.ray, [role for _, role in worker_slots(config)]) as has_lost_ray:

@@ -27,6 +27,8 @@ async def authenticate(calls: Calls, context: Any, operators_only: bool = False)
 
 async def end_call(context: Any, fail: Fail) -> NoReturn:
     """gRPC's own key tells clients when to come back."""
-    pushback = () if fail.retry_after_s is None else (("grpc-retry-pushback-ms", str(math.ceil(1000 * fail.retry_after_s))),)
+    pushback = (
+        () if fail.retry_after_s is None else (("grpc-retry-pushback-ms", str(math.ceil(1000 * fail.retry_after_s))),)
+    )
     await context.abort(grpc.StatusCode[fail.code], fail.message, trailing_metadata=pushback)
     raise AssertionError("abort returns by raising")

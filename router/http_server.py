@@ -51,6 +51,8 @@ class HttpServer:
             listener = socket.create_server((host.strip("[]"), int(port)), family=family, backlog=BACKLOG)
         except OSError as error:
             raise OSError(f"cannot listen on {self._listen}: {error}") from error
+        # Python's loop would set it on its own sockets only; without it a short answer waits for an acknowledgement.
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._serving = asyncio.create_task(self._server.serve([listener]))
         return int(listener.getsockname()[1])
 

@@ -10,7 +10,6 @@ import secrets
 import time
 import uuid
 from collections.abc import Callable
-from pathlib import Path
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc  # type: ignore[import-untyped]
@@ -32,6 +31,7 @@ from router.responses import worker_load
 from router.router import Router
 from router.served_model import ServedModel
 from router.status import ClusterStatus, StatusEvent
+from router.tls import read_key_and_chain
 from router.worker_channel import RouterIdentity, WorkerChannel
 
 log = logging.getLogger("twinring.router")
@@ -80,8 +80,7 @@ class RouterServer:
 
     async def start(self) -> int:
         """Listens; the port of gRPC. OSError where an address cannot be had or a certificate cannot be read."""
-        if self._config.http_listen:
-            self.http_port = await self._http.start()
+        key_and_chain = read_key_and_chain(self._config)
         options = (
             ("grpc.max_receive_message_length", self._config.max_message_bytes),
             ("grpc.so_reuseport", 0),  # a second router on the same port must fail, not share its clients
@@ -92,9 +91,11 @@ class RouterServer:
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         reflection.enable_server_reflection((INFERENCE, CLUSTER, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
         try:
-            port = self._add_port(server)
+            port = self._add_port(server, key_and_chain)
         except RuntimeError as error:
             raise OSError(f"cannot listen on {self._config.listen}: {error}") from error
+        if self._config.http_listen:
+            self.http_port = await self._http.start()
         await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
         await server.start()
         self._server = server
@@ -102,11 +103,10 @@ class RouterServer:
         self._ticker.add_done_callback(_log_bug)
         return port
 
-    def _add_port(self, server: grpc.aio.Server) -> int:
-        if self._config.tls_cert is None or self._config.tls_key is None:
+    def _add_port(self, server: grpc.aio.Server, key_and_chain: tuple[bytes, bytes] | None) -> int:
+        if key_and_chain is None:
             return server.add_insecure_port(self._config.listen)
-        pair = (Path(self._config.tls_key).read_bytes(), Path(self._config.tls_cert).read_bytes())
-        return server.add_secure_port(self._config.listen, grpc.ssl_server_credentials([pair]))
+        return server.add_secure_port(self._config.listen, grpc.ssl_server_credentials([key_and_chain]))
 
     async def stop(self, grace_s: float) -> None:
         """Takes no more requests, lets those in flight end within grace_s, then leaves the workers."""

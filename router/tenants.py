@@ -110,10 +110,6 @@ class Tenants:
         refuse_repeated(configs)
         self._quotas = {config.name: _Quota(config) for config in configs}
 
-    @property
-    def are_configured(self) -> bool:
-        return bool(self._quotas)
-
     def identify(self, authorization: str | None) -> Tenant:
         """From the value of an Authorization header. Unauthenticated where there is no valid token in it."""
         if not self._quotas:

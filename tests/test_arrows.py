@@ -32,7 +32,7 @@ SHELLS: dict[str, str] = {
     "kvtransfer": """agent block_store destination_lane destination_side gloo_link lane_thread memory_link outgoing_peer
         peer_channel source_lane source_side staging transport""",
     "router": """call_writer calls client_call cluster_service driver front_door grpc_call http_app http_requests
-        http_server metrics openai.api prompts reply responses server worker_channel worker_metrics""",
+        http_server metrics openai.api prompts reply responses server tls worker_channel worker_metrics""",
     "prefill_worker": "actor",
     "decode_worker": "actor",
     "bench": "load.client load.command load.probe load.runner",
@@ -56,6 +56,7 @@ IMPURE = {
         "random",
         "secrets",
         "socket",
+        "ssl",
         "subprocess",
         "threading",
         "time",

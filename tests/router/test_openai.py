@@ -339,6 +339,14 @@ async def test_not_ready_and_overloaded_say_when_to_come_back(launch: Any) -> No
     await eventually(lambda: full.server._driver.router.num_in_flight == 0)
 
 
+async def test_a_short_answer_waits_for_no_acknowledgement(launch: Any) -> None:
+    """Accepted sockets have it from the listener. Without it each answer on a kept connection takes 40 ms more."""
+    service = await launch("p-0", "d-0")
+    (listening,) = service.server._http._server.servers
+    (listener,) = listening.sockets
+    assert listener.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+
+
 # --- in mid-stream ------------------------------------------------------------------------------------------------
 
 
