@@ -24,10 +24,11 @@ class JsonFormatter(logging.Formatter):
 
 
 def configure_logging(level: str) -> None:
-    """Our loggers go to standard error; other libraries keep theirs."""
+    """Our loggers and the HTTP server's go to standard error; other libraries keep theirs."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonFormatter())
-    logger = logging.getLogger("twinring")
-    logger.handlers[:] = [handler]
-    logger.setLevel(level.upper())
-    logger.propagate = False
+    for name, its_level in (("twinring", level), ("uvicorn", "warning")):
+        logger = logging.getLogger(name)
+        logger.handlers[:] = [handler]
+        logger.setLevel(its_level.upper())
+        logger.propagate = False

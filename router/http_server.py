@@ -14,6 +14,7 @@ from starlette.types import ASGIApp
 from router.config import RouterConfig
 
 BACKLOG = 2048
+MIN_GRACE_S = 0.05
 KEEP_ALIVE_S = 75  # longer than load balancers keep an idle connection: it is theirs to close
 
 
@@ -60,7 +61,8 @@ class HttpServer:
         """Accepts no more, lets what runs end within grace_s. May be called again with less."""
         if self._serving is None:
             return
-        self._server.config.timeout_graceful_shutdown = grace_s  # type: ignore[assignment]  # it may be a fraction
+        # It may be a fraction; and it must be a moment, or closing what is idle counts as late.
+        self._server.config.timeout_graceful_shutdown = max(grace_s, MIN_GRACE_S)  # type: ignore[assignment]
         self._server.force_exit = grace_s == 0
         self._server.should_exit = True
         await asyncio.shield(self._serving)
