@@ -34,7 +34,7 @@ def main() -> int:
         parser.error(str(error))
     figures = benchmark.run(quick=arguments.quick)
     if arguments.json:
-        print(to_json(arguments.name, figures))
+        print(to_json(arguments.name, figures, benchmark))
     else:
         print_table(console, arguments.name, figures)
     return 0

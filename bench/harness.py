@@ -16,7 +16,7 @@ from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
 from pkgutil import iter_modules
-from typing import Literal, Protocol, cast
+from typing import Any, Literal, Protocol, cast, runtime_checkable
 
 from rich.console import Console
 from rich.markup import escape
@@ -46,6 +46,11 @@ class Benchmark(Protocol):
     DESCRIPTION: str
 
     def run(self, quick: bool) -> list[Figure]: ...
+
+
+@runtime_checkable
+class WithJson(Protocol):
+    def json_of(self, figures: list[Figure]) -> dict[str, Any]: ...
 
 
 # --- discovery ----------------------------------------------------------------------------------------------------
@@ -117,9 +122,11 @@ def machine() -> dict[str, str | int]:
     }
 
 
-def to_json(name: str, figures: list[Figure]) -> str:
+def to_json(name: str, figures: list[Figure], benchmark: Benchmark) -> str:
+    """With what the benchmark's own json_of(figures) makes of them, where it has one."""
     rows = [asdict(figure) | {"meets_target": figure.meets_target} for figure in figures]
-    return json.dumps({"name": name, "machine": machine(), "figures": rows})
+    more = benchmark.json_of(figures) if isinstance(benchmark, WithJson) else {}
+    return json.dumps({"name": name, "machine": machine(), "figures": rows, **more})
 
 
 def print_table(console: Console, name: str, figures: list[Figure]) -> None:

@@ -22,6 +22,7 @@ from cluster.client_types import Access, CallFailed, Message, Prompt, Sampling
 from cluster.config import load_config
 from cluster.run_state import is_alive, running_servers
 from cluster.tenants import hash_of
+from simulator.command import simulate
 
 app = typer.Typer(
     help="Serves large language models with prefill and decode in separate pools.",
@@ -30,6 +31,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(bench_app, name="bench")
+app.command()(simulate)
 console = Console(stderr=True)
 
 STOP_TIMEOUT_S = 20.0

@@ -164,6 +164,7 @@ class WorkerLoad:
     address: str
     warm_links: tuple[str, ...]
     pid: int
+    num_queued: int
 
 
 @dataclass(frozen=True, slots=True)

@@ -35,15 +35,15 @@ SHARED_SETTINGS = {
 class RayConfig:
     """address None starts a private Ray on loopback; anything else joins that cluster."""
 
-    address: str | None = None
+    address: str | None = None  # of a Ray cluster to join; null: a private Ray on loopback
     join_as_node: bool = False  # start a Ray node without resources here: a Ray driver needs one on its own machine
     prefill_resource: str | None = None  # custom Ray resource of which each prefill worker takes 1
     decode_resource: str | None = None  # likewise for decode workers
-    num_cpus_per_worker: float = 0.5
-    num_gpus_per_worker: float = 0.0
+    num_cpus_per_worker: float = 0.5  # of Ray's count; not a limit
+    num_gpus_per_worker: float = 0.0  # likewise
     schedule_timeout_s: float = 20.0  # for nodes to join, and show their resources, in a cluster that is joined
     start_timeout_s: float = 60.0  # for one actor to be placed and to import what it needs
-    load_timeout_s: float = 600.0
+    load_timeout_s: float = 600.0  # for one worker to load the model
 
     def __post_init__(self) -> None:
         if self.join_as_node and self.address in (None, "auto"):
@@ -55,9 +55,9 @@ class RayConfig:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class ServeConfig:
-    num_prefill: int = 1
-    num_decode: int = 1
-    replace_dead_workers: bool = True
+    num_prefill: int = 1  # workers of this role; in mode colocated both counts are added up
+    num_decode: int = 1  # workers of this role
+    replace_dead_workers: bool = True  # with a new incarnation of the same name
     tenants_file: str | None = (
         None  # YAML file with who may call; None: TWINRING_TENANTS_FILE or TWINRING_TOKENS, if set
     )
@@ -146,7 +146,7 @@ def _refuse_unknown(tree: Mapping[str, Any], cls: type, prefix: str) -> None:
     for name, value in tree.items():
         if name not in hints:
             raise ValueError(f"unknown setting {prefix}{name}; known: {', '.join(sorted(hints))}")
-        if hints[name] is tuple[TenantConfig, ...]:
+        if hints[name] == tuple[TenantConfig, ...]:
             raise ValueError(f"{prefix}{name} cannot be set here: tenants_file names the file that has them")
         if dataclasses.is_dataclass(hints[name]):
             if not isinstance(value, Mapping):

@@ -27,8 +27,7 @@ def configure_logging(level: str) -> None:
     """Our loggers and the HTTP server's go to standard error; other libraries keep theirs."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonFormatter())
-    for name, its_level in (("twinring", level), ("uvicorn", "warning")):
-        logger = logging.getLogger(name)
+    for logger, its_level in ((logging.getLogger("twinring"), level), (logging.getLogger("uvicorn"), "warning")):
         logger.handlers[:] = [handler]
         logger.setLevel(its_level.upper())
         logger.propagate = False

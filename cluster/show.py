@@ -72,9 +72,12 @@ def _candidates(title: str, candidates: tuple[RouteCandidate, ...], chosen: str)
 
 def status_tables(status: Status) -> list[Table]:
     """Blocks are KV blocks; roles and addresses are in --json."""
-    workers = Table("worker", "state", "running", "waiting", "blocks", "free", "cached", "held", "leased", "ledger")
+    workers = Table(
+        "worker", "state", "queued", "running", "waiting", "blocks", "free", "cached", "held", "leased", "ledger"
+    )
     for load in status.workers:
         numbers = (
+            load.num_queued,
             load.num_running,
             load.num_waiting,
             load.num_blocks,

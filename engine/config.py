@@ -6,6 +6,28 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PullConfig:
+    """When a prefix is fetched from its home, and how many prefixes may be fetched from here at once.
+
+    Raises ValueError where a cost is negative or a limit makes no sense."""
+
+    s_per_token: float  # what the KV of a token takes to come
+    base_s: float = 0.0  # what a pull takes beside: question, answer, a step of the home
+    deadline_s: float = 5.0  # a request waits no longer for all of its pulls
+    max_served: int = 4  # 0: nobody pulls from here
+
+    def __post_init__(self) -> None:
+        for name in ("s_per_token", "base_s", "max_served"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+        if not self.deadline_s > 0:
+            raise ValueError(f"deadline_s must be above 0, got {self.deadline_s}")
+
+    def pull_s(self, num_tokens: int) -> float:
+        return self.base_s + self.s_per_token * num_tokens
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SchedulerConfig:
     """Raises ValueError where a limit is below 1 or the two block sizes do not fit."""
 
@@ -15,6 +37,7 @@ class SchedulerConfig:
     block_size: int = 64  # tokens of one KV block
     hash_block_size: int = 64  # tokens of one link of the hash chain: one value for the whole cluster
     enable_prefix_caching: bool = True
+    pulls: PullConfig | None = None  # None: no prefix is fetched from or for another worker
 
     def __post_init__(self) -> None:
         for name in ("max_model_len", "max_num_batched_tokens", "max_num_seqs", "block_size", "hash_block_size"):
@@ -24,6 +47,8 @@ class SchedulerConfig:
             raise ValueError(
                 f"block_size {self.block_size} is not a multiple of hash_block_size {self.hash_block_size}"
             )
+        if self.pulls is not None and not self.enable_prefix_caching:
+            raise ValueError("pulls need the prefix cache, enable_prefix_caching is False")
 
     @property
     def links_per_block(self) -> int:

@@ -4,7 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from protos.types import Abort, GenerateRequest, Handoff, HandoffRefused, Retarget, TokenOutput
+from protos.types import (
+    Abort,
+    GenerateRequest,
+    Handoff,
+    HandoffRefused,
+    PeerRef,
+    Retarget,
+    TokenOutput,
+    TransferKind,
+)
 
 # --- events -------------------------------------------------------------------------------------------------------
 
@@ -59,8 +68,36 @@ class TransferClosed:
     transfer_id: bytes
 
 
+@dataclass(frozen=True, slots=True)
+class PullRequested:
+    """Source: another worker asks for these blocks of a prefix. Answered by OpenTransfer or RefusePull."""
+
+    pull_id: bytes
+    destination: PeerRef
+    request_id: str
+    attempt: int
+    block_hashes: tuple[bytes, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class PullRefused:
+    """Destination: the home has none of the blocks, serves no more pulls now, or is not there."""
+
+    pull_id: bytes
+    reason: str
+
+
 Event = (
-    Submitted | Abort | Retarget | TransferOffered | TransferArrived | TransferLost | TransferRefused | TransferClosed
+    Submitted
+    | Abort
+    | Retarget
+    | TransferOffered
+    | TransferArrived
+    | TransferLost
+    | TransferRefused
+    | TransferClosed
+    | PullRequested
+    | PullRefused
 )
 
 # --- effects ------------------------------------------------------------------------------------------------------
@@ -68,17 +105,19 @@ Event = (
 
 @dataclass(frozen=True, slots=True)
 class OpenTransfer:
-    """Source: prefill has started; offer num_blocks blocks (the whole prompt, its partial tail included)."""
+    """Source: offer num_blocks blocks. A handoff has the whole prompt, its partial tail included, and begins with the
+    prefill; a pull has the first of the blocks that were asked for, and all of them are there."""
 
     handoff: Handoff
     request_id: str
     attempt: int
     num_blocks: int
+    kind: TransferKind = TransferKind.HANDOFF
 
 
 @dataclass(frozen=True, slots=True)
 class SendBlocks:
-    """Source: blocks [first_block, first_block + len(block_ids)) of the request are computed and leased."""
+    """Source: blocks [first_block, first_block + len(block_ids)) of the transfer are computed and leased."""
 
     transfer_id: bytes
     first_block: int
@@ -113,7 +152,7 @@ class ExpectTransfer:
 
 @dataclass(frozen=True, slots=True)
 class GrantTransfer:
-    """Destination: blocks [num_held_blocks, num_held_blocks + len(block_ids)) of the request may be written to
+    """Destination: blocks [num_held_blocks, num_held_blocks + len(block_ids)) of the transfer may be written to
     block_ids; the ones before are already here."""
 
     transfer_id: bytes
@@ -127,6 +166,27 @@ class RefuseTransfer:
     reason: str
 
 
+@dataclass(frozen=True, slots=True)
+class RequestPull:
+    """Destination: ask a home for these blocks of a prefix, and expect a transfer by this id from it. It ends in one of
+    PullRefused, TransferArrived, TransferLost, or in our own RefuseTransfer."""
+
+    pull_id: bytes
+    source_worker_id: str
+    request_id: str  # of whoever asked first; others may wait for the same pull
+    attempt: int
+    block_hashes: tuple[bytes, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class RefusePull:
+    """Source: nothing comes, and nothing is leased."""
+
+    pull_id: bytes
+    destination: PeerRef
+    reason: str
+
+
 Effect = (
     TokenOutput
     | HandoffRefused
@@ -137,4 +197,6 @@ Effect = (
     | ExpectTransfer
     | GrantTransfer
     | RefuseTransfer
+    | RequestPull
+    | RefusePull
 )

@@ -21,7 +21,7 @@ from protos.types import ServingMode
 
 
 class HandoffDestination:
-    """Invariant: `_awaited` has exactly the requests in WAITING_FOR_REMOTE_KV, by transfer. They have no table: granted
+    """Invariant: `_awaited` has exactly the requests that wait for a handoff, by transfer. They have no table: granted
     blocks are the transfer's lease until it has arrived or is lost."""
 
     def __init__(self, config: SchedulerConfig, scheduler: Scheduler, manager: KVCacheManager) -> None:

@@ -27,7 +27,7 @@ class HandoffSource:
         transfer_id = request.handoff_to.transfer_id
         self._requests[transfer_id] = request
         request.open_transfer_id = transfer_id
-        request.has_opened_transfer = True
+        request.opened_transfer_ids.add(transfer_id)
         request.num_sent_blocks = 0
         num_blocks = self._config.num_blocks_for(request.num_given_tokens)
         return [OpenTransfer(request.handoff_to, request.request_id, request.attempt, num_blocks)]
@@ -43,8 +43,10 @@ class HandoffSource:
 
     def retarget(self, request: Request, handoff: Handoff | None) -> list[Effect]:
         """Hand over to another worker, or (None) decode here. A request that was not to be handed over, or is on its
-        way there already, stays as it is."""
+        way there already, or was before (the word is late), stays as it is."""
         if request.handoff_to is None or request.handoff_to == handoff:
+            return []
+        if handoff is not None and handoff.transfer_id in request.opened_transfer_ids:
             return []
         effects = self._withdraw(request)
         request.handoff_to = handoff
@@ -53,7 +55,7 @@ class HandoffSource:
             if request.status is RequestStatus.HANDING_OFF:
                 self._scheduler.resume(request)
             return effects
-        if request.has_opened_transfer:  # else it opens when it is first scheduled
+        if request.opened_transfer_ids:  # else it opens when it is first scheduled
             effects += self.open(request)
             effects += self.send_computed(request)
         if request.status is RequestStatus.HANDING_OFF:

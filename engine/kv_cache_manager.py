@@ -56,6 +56,11 @@ class KVCacheManager:
         """The longest cached prefix in full blocks, at most num_tokens - 1 tokens: one must be left to compute."""
         return self._find_cached(request, request.num_tokens - 1)
 
+    def prefix(self, request: Request) -> tuple[tuple[bytes, ...], int]:
+        """Hashes of all blocks that get_computed_blocks could ever find, and how many of them it finds now."""
+        hashes = self._block_hashes(request, 0, (request.num_tokens - 1) // self._config.block_size)
+        return tuple(hashes), len(self._find_run(hashes))
+
     def can_hold(self, request: Request, computed_blocks: Sequence[int], num_spare_blocks: int) -> bool:
         """Is there room now for all tokens of the request, computed_blocks among it, and num_spare_blocks more?"""
         return self._room_for(self._config.num_blocks_for(request.num_tokens) + num_spare_blocks, computed_blocks)
@@ -115,13 +120,34 @@ class KVCacheManager:
         assert transfer_id not in self._leases
         held = self._find_cached(request, request.num_given_tokens)
         num_wanted = self._config.num_blocks_for(request.num_given_tokens)
-        if not self._room_for(num_wanted + num_spare_blocks, held):
+        to_write = self._lease_room(transfer_id, held, num_wanted, num_spare_blocks)
+        return None if to_write is None else (len(held), to_write)
+
+    def grant_prefix(
+        self, transfer_id: bytes, hashes: Sequence[bytes], num_must_be_held: int, num_spare_blocks: int
+    ) -> tuple[int, list[int]] | None:
+        """The same for a prefix by the hashes of its blocks; None also where the first num_must_be_held are not all
+        here."""
+        assert transfer_id not in self._leases
+        held = self._find_run(hashes)
+        if len(held) < num_must_be_held:
             return None
-        self._pool.acquire(held)
-        to_write = self._pool.allocate(num_wanted - len(held))
-        assert to_write is not None
-        self._leases[transfer_id] = [*held, *to_write]
-        return len(held), to_write
+        to_write = self._lease_room(transfer_id, held, len(hashes), num_spare_blocks)
+        return None if to_write is None else (len(held), to_write)
+
+    def cache_leased(self, transfer_id: bytes, hashes: Sequence[bytes]) -> None:
+        """The blocks leased by grant_prefix hold what these hashes say: let others find them."""
+        for block_id, block_hash in zip(self._leases[transfer_id], hashes, strict=True):
+            self._pool.name(block_id, block_hash)
+
+    def lease_cached(self, transfer_id: bytes, hashes: Sequence[bytes]) -> list[int]:
+        """Lease the first of these blocks as far as they are here without a gap; empty (and no lease) where none is."""
+        assert transfer_id not in self._leases
+        found = self._find_run(hashes)
+        if found:
+            self._pool.acquire(found)
+            self._leases[transfer_id] = list(found)
+        return found
 
     def adopt(self, request: Request, transfer_id: bytes) -> None:
         """Make the transfer's blocks the request's table; the lease stays until it is released."""
@@ -154,14 +180,31 @@ class KVCacheManager:
         num_idle = sum(self._pool.ref_cnt[block_id] == 0 for block_id in computed_blocks)
         return num_wanted - len(computed_blocks) <= self._pool.num_available - num_idle
 
+    def _lease_room(
+        self, transfer_id: bytes, held: Sequence[int], num_wanted: int, num_spare_blocks: int
+    ) -> list[int] | None:
+        """Lease held and new blocks, num_wanted together, and return the new ones."""
+        if not self._room_for(num_wanted + num_spare_blocks, held):
+            return None
+        self._pool.acquire(held)
+        to_write = self._pool.allocate(num_wanted - len(held))
+        assert to_write is not None
+        self._leases[transfer_id] = [*held, *to_write]
+        return to_write
+
     def _find_cached(self, request: Request, max_num_tokens: int) -> list[int]:
+        if not self._config.enable_prefix_caching:
+            return []
+        return self._find_run(self._block_hashes(request, 0, max_num_tokens // self._config.block_size))
+
+    def _find_run(self, hashes: Sequence[bytes]) -> list[int]:
+        """The blocks with the first of these hashes, up to the first that is not here."""
         found: list[int] = []
-        if self._config.enable_prefix_caching:
-            for block_hash in self._block_hashes(request, 0, max_num_tokens // self._config.block_size):
-                block_id = self._pool.find(block_hash)
-                if block_id is None:
-                    break
-                found.append(block_id)
+        for block_hash in hashes:
+            block_id = self._pool.find(block_hash)
+            if block_id is None:
+                break
+            found.append(block_id)
         return found
 
     def _block_hashes(self, request: Request, start: int, stop: int) -> list[bytes]:

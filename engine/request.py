@@ -44,14 +44,21 @@ class Request:
 
         self.handoff_to: Handoff | None = generate.handoff_to
         self.handoff_from: Handoff | None = generate.handoff_from
-        self.has_opened_transfer = False  # source: ever; a refused one is opened anew by the router's word only
+        self.opened_transfer_ids: set[bytes] = set()  # source: each once; after a refusal the router names another
         self.open_transfer_id: bytes | None = None  # source: the transfer that takes its blocks now
         self.num_sent_blocks = 0  # source: handed to SendBlocks under open_transfer_id
+
+        self.unasked_home_ids = list(generate.home_worker_ids)  # homes that it may still pull from
+        self.pulling_since: float | None = None  # its first pull
+        self.pulled_blocks: set[int] = set()  # places in its table whose blocks a pull brought into the cache
 
         self.queued_at = now
         self.first_scheduled_at: float | None = None
         self.first_token_at: float | None = None
-        self.num_cached_tokens = 0  # prefix hits when first scheduled
+        self.num_cached_tokens = 0  # prefix hits when first scheduled, those that were pulled left out
+        self.num_pulled_tokens = 0
+        self.num_failed_pulls = 0
+        self.pull_s = 0.0
         self.num_preemptions = 0
         self.num_kv_bytes = 0
         self.transfer_s = 0.0
@@ -72,6 +79,14 @@ class Request:
     def num_pending_prefill_tokens(self) -> int:
         """Of the tokens it came with, those not computed yet."""
         return max(0, self.num_given_tokens - self.num_computed_tokens)
+
+    def start(self, num_hit_blocks: int, block_size: int, now: float) -> None:
+        """It runs for the first time, from this many cached blocks."""
+        num_pulled_blocks = sum(place < num_hit_blocks for place in self.pulled_blocks)
+        self.first_scheduled_at = now
+        self.num_pulled_tokens = num_pulled_blocks * block_size
+        self.num_cached_tokens = (num_hit_blocks - num_pulled_blocks) * block_size
+        self.pulled_blocks.clear()
 
     def append(self, sampled: tuple[int, ...], max_model_len: int, now: float) -> tuple[int, ...]:
         """Take sampled tokens up to the one that ends the request, and return those taken."""
@@ -106,4 +121,7 @@ class Request:
             num_held_tokens=self.num_held_tokens,
             mode=self.mode if decoded_here else None,
             mode_reason=self.mode_reason if decoded_here else "",
+            num_pulled_tokens=self.num_pulled_tokens if prefilled_here else 0,
+            pull_s=self.pull_s,
+            num_failed_pulls=self.num_failed_pulls,
         )

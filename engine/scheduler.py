@@ -224,8 +224,7 @@ class Scheduler:
         request.num_computed_tokens = num_hit_tokens
         request.num_hashed_blocks = len(hits)
         if request.first_scheduled_at is None:
-            request.first_scheduled_at = now
-            request.num_cached_tokens = num_hit_tokens
+            request.start(len(hits), self._config.block_size, now)
         self.waiting.pop(0)
         self._run(request)
         step.add(request, num_new_tokens, self._manager.block_table(request))

@@ -11,18 +11,18 @@ from protos.types import Role
 class EngineConfig:
     """How one worker computes. Sizes in tokens unless the name says bytes."""
 
-    model: str
-    dtype: str = "float32"
-    device: str = "cpu"
-    num_threads: int = 1
+    model: str  # folder of a checkpoint, or a Hugging Face id that is in the local cache
+    dtype: str = "float32"  # of weights, activations and KV
+    device: str = "cpu"  # as PyTorch names it
+    num_threads: int = 1  # of PyTorch, in each worker
     max_model_len: int | None = None  # None: what the model's config says
-    max_num_batched_tokens: int = 512
-    max_num_seqs: int = 64
-    block_size: int = 64
-    hash_block_size: int = 64
-    kv_cache_bytes: int = 256 << 20
+    max_num_batched_tokens: int = 512  # that one step computes, over all requests; longer prompts take several
+    max_num_seqs: int = 64  # requests that run at a time on one worker
+    block_size: int = 64  # of KV, a multiple of hash_block_size
+    hash_block_size: int = 64  # that one link of a prompt's hash chain covers; what prefixes are matched by
+    kv_cache_bytes: int = 256 << 20  # of each worker
     num_blocks: int | None = None  # overrides kv_cache_bytes
-    enable_prefix_caching: bool = True
+    enable_prefix_caching: bool = True  # keep blocks of ended requests, and find them by their hashes
     fused: bool = True  # faster layers in place of transformers' own
 
     def __post_init__(self) -> None:
@@ -40,9 +40,9 @@ class LeaseConfig:
     """A worker that has heard from no router for lease_s fences itself; one whose step lasts longer than max_step_s no
     longer vouches for itself."""
 
-    heartbeat_interval_s: float = 0.25
-    lease_s: float = 1.5
-    max_step_s: float = 60.0
+    heartbeat_interval_s: float = 0.25  # between two frames of a worker to the router, and back
+    lease_s: float = 1.5  # of silence, after which router and worker give each other up
+    max_step_s: float = 60.0  # of one engine step, after which its worker counts as hung
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,12 +3,15 @@ and when blocks are free; a shell runs the steps, moves the KV and talks to the 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import count
 
 from engine.config import SchedulerConfig
 from engine.events import (
     Effect,
     Event,
+    PullRefused,
+    PullRequested,
     Submitted,
     TransferArrived,
     TransferClosed,
@@ -19,6 +22,9 @@ from engine.events import (
 from engine.handoff_destination import HandoffDestination
 from engine.handoff_source import HandoffSource
 from engine.kv_cache_manager import KVCacheManager, Ledger
+from engine.prefill_speed import PrefillSpeed
+from engine.pull_destination import PullDestination
+from engine.pull_source import PullSource
 from engine.request import Request
 from engine.scheduler import Progress, Scheduler
 from engine.scheduler_output import SchedulerOutput, StepResult
@@ -32,11 +38,6 @@ from protos.types import (
     WorkerStats,
 )
 
-# A step with fewer prefill tokens says more about decoding than about prefill.
-MIN_PREFILL_TOKENS_TO_MEASURE = 16
-# Weight of the newest step in the moving average: it follows a change of load within about ten steps.
-NEWEST_STEP_WEIGHT = 0.2
-
 
 class WorkerCore:
     """Invariant: every request here stands in `_requests`, one life of it at a time; blocks are held by those requests,
@@ -44,14 +45,25 @@ class WorkerCore:
 
     Events may come at any time, also while a step is under way. Late, repeated and unknown ones change nothing."""
 
-    def __init__(self, config: SchedulerConfig, num_blocks: int, hash_key: bytes, model_fingerprint: str) -> None:
+    def __init__(
+        self,
+        config: SchedulerConfig,
+        num_blocks: int,
+        hash_key: bytes,
+        model_fingerprint: str,
+        worker_id: str = "",
+        new_pull_id: Callable[[], bytes] | None = None,
+    ) -> None:
+        """worker_id and new_pull_id (128 random bits, used once) are needed where the config has pulls."""
         self._manager = KVCacheManager(config, num_blocks, hash_key, model_fingerprint)
         self._scheduler = Scheduler(config, self._manager)
         self._source = HandoffSource(config, self._scheduler, self._manager)
         self._destination = HandoffDestination(config, self._scheduler, self._manager)
+        self._speed = PrefillSpeed()
+        self._pull_source = PullSource(config, self._manager)
+        self._pulls = PullDestination(config, self._scheduler, self._manager, self._speed, worker_id, new_pull_id)
         self._requests: dict[str, Request] = {}
         self._arrivals = count()
-        self._prefill_s_per_token = 0.0
 
     # --- events ---------------------------------------------------------------------------------------------------
 
@@ -63,6 +75,12 @@ class WorkerCore:
                 return self._abort(event)
             case Retarget():
                 return self._retarget(event)
+            case PullRequested():
+                return self._pull_source.requested(event)
+            case PullRefused():
+                return self._pulls.refused(event, now)
+            case TransferOffered() | TransferArrived() | TransferLost() if self._pulls.awaits(event.transfer_id):
+                return self._on_pull(event, now)
             case TransferOffered():
                 return self._destination.offered(event, self._requests.get(event.request_id))
             case TransferArrived():
@@ -70,6 +88,8 @@ class WorkerCore:
                 return []
             case TransferLost():
                 self._destination.lost(event, now)
+                return []
+            case TransferRefused() | TransferClosed() if self._pull_source.ended(event.transfer_id):
                 return []
             case TransferRefused():
                 return self._transfer_refused(event)
@@ -81,7 +101,7 @@ class WorkerCore:
         effects: list[Effect] = []
         for request in list(self._requests.values()):
             effects += self._end(request, reason)
-        return effects
+        return effects + self._pull_source.end_all(reason)
 
     def _submit(self, generate: GenerateRequest, now: float) -> list[Effect]:
         effects: list[Effect] = []
@@ -97,8 +117,16 @@ class WorkerCore:
         self._requests[request.request_id] = request
         if request.handoff_from is not None:
             return effects + self._destination.expect(request)
-        self._scheduler.add(request)
-        return effects
+        return effects + self._pulls.add(request, now)
+
+    def _on_pull(self, event: TransferOffered | TransferArrived | TransferLost, now: float) -> list[Effect]:
+        match event:
+            case TransferOffered():
+                return self._pulls.offered(event, now)
+            case TransferArrived():
+                return self._pulls.arrived(event, now)
+            case TransferLost():
+                return self._pulls.lost(event, now)
 
     def _abort(self, event: Abort) -> list[Effect]:
         request = self._find(event.request_id, event.attempt)
@@ -120,15 +148,20 @@ class WorkerCore:
 
     # --- steps ----------------------------------------------------------------------------------------------------
 
+    @property
+    def deadline(self) -> float | None:
+        """When to call schedule at the latest, even where no event comes: a pull will be late then."""
+        return self._pulls.deadline
+
     def schedule(self, now: float) -> tuple[SchedulerOutput | None, list[Effect]]:
-        """The next step (None: nothing to compute) and the transfers to open before it runs.
+        """The next step (None: nothing to compute) and the transfers to open or to give up before it runs.
 
         update_from_output must follow before the next call."""
+        effects = self._pulls.expire(now)
         output = self._scheduler.schedule(now)
-        effects: list[Effect] = []
         for scheduled in output.scheduled if output else ():
             request = self._requests[scheduled.request_id]
-            if request.handoff_to is not None and not request.has_opened_transfer:
+            if request.handoff_to is not None and not request.opened_transfer_ids:
                 effects += self._source.open(request)
         return output, effects
 
@@ -139,13 +172,8 @@ class WorkerCore:
         return effects
 
     def note_step(self, output: SchedulerOutput, duration_s: float) -> None:
-        """Measure what prefill costs here, from the steps that do a fair amount of it."""
-        chunks = [each.num_scheduled_tokens for each in output.scheduled if each.num_scheduled_tokens > 1]
-        if sum(chunks) < MIN_PREFILL_TOKENS_TO_MEASURE:
-            return
-        s_per_token = duration_s / output.num_batched_tokens
-        old = self._prefill_s_per_token or s_per_token
-        self._prefill_s_per_token = old + NEWEST_STEP_WEIGHT * (s_per_token - old)
+        """What the step took, to know what prefill costs here."""
+        self._speed.note_step(output, duration_s)
 
     def _after_progress(self, progress: Progress) -> list[Effect]:
         request = progress.request
@@ -171,10 +199,10 @@ class WorkerCore:
     def stats(self) -> WorkerStats:
         """Recomputes the ledger, so not for every step. warm_links are the transfer agent's to add."""
         ledger = self.ledger()
-        queued = (*self._scheduler.waiting, *self._scheduler.running)
+        queued = (*self._scheduler.waiting, *self._scheduler.running, *self._pulls.requests)
         return WorkerStats(
             num_running=len(self._scheduler.running),
-            num_waiting=len(self._scheduler.waiting) + len(self._destination),
+            num_waiting=len(self._scheduler.waiting) + len(self._destination) + len(self._pulls),
             num_blocks=ledger.total,
             num_free_blocks=ledger.free,
             num_cached_blocks=ledger.cached,
@@ -182,7 +210,7 @@ class WorkerCore:
             num_leased_blocks=ledger.leased,
             ledger_balanced=ledger.balanced,
             num_pending_prefill_tokens=sum(request.num_pending_prefill_tokens for request in queued),
-            prefill_s_per_token=self._prefill_s_per_token,
+            prefill_s_per_token=self._speed.s_per_token,
             num_steps=self._scheduler.num_steps,
         )
 
@@ -195,7 +223,10 @@ class WorkerCore:
     def _end(self, request: Request, reason: str) -> list[Effect]:
         """Forget the request; its transfers end too."""
         del self._requests[request.request_id]
-        effects = self._source.end(request, reason) + self._destination.end(request, reason)
+        if request in self._pulls:
+            effects = self._pulls.end(request, reason)
+        else:
+            effects = self._source.end(request, reason) + self._destination.end(request, reason)
         self._scheduler.remove(request)
         return effects
 

@@ -20,7 +20,9 @@ from engine.events import (
     ExpectTransfer,
     GrantTransfer,
     OpenTransfer,
+    RefusePull,
     RefuseTransfer,
+    RequestPull,
     SendBlocks,
     Submitted,
     TransferArrived,
@@ -167,6 +169,8 @@ class WorkerHost(pb_grpc.WorkerServicer):
                     self._transfers.grant(transfer_id, num_held_blocks, block_ids)
                 case RefuseTransfer(transfer_id, reason):
                     self._transfers.refuse(transfer_id, reason)
+                case RequestPull() | RefusePull():
+                    raise AssertionError(f"no wire for {effect}: SchedulerConfig.pulls must be None here")
 
     # --- KV transfers (kvtransfer.agent.TransferHost) ----------------------------------------------------------------
 

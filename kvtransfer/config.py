@@ -18,12 +18,12 @@ class TransferConfig:
     offer_timeout_s: float = 5.0  # longer than the longest engine step: the other worker grants between steps
     expect_timeout_s: float = 2.0  # how long an offer may precede the router's announcement
     transfer_timeout_s: float = 60.0  # an open transfer without any event
-    connect_timeout_s: float = 5.0
-    ping_interval_s: float = 0.5
+    connect_timeout_s: float = 5.0  # to dial another worker
+    ping_interval_s: float = 0.5  # on a control stream that has nothing else to carry
     silence_timeout_s: float = 1.5  # a control stream that is silent for longer has lost its peer
-    checksum: Checksum = "xxh3_64"
+    checksum: Checksum = "xxh3_64"  # of each chunk
     bind_host: str = "127.0.0.1"  # not encrypted or authenticated: a private interface; auto: the Ray node's IP
-    transport: Literal["gloo"] = "gloo"
+    transport: Literal["gloo"] = "gloo"  # what carries the chunks
     failpoint: Literal["", "flip_received_bytes"] = ""  # tests only
 
     def __post_init__(self) -> None:

@@ -10,19 +10,12 @@ from typing import Any, get_type_hints
 
 import msgpack  # type: ignore[import-untyped]
 
-from protos.types import KVLayout, PeerRef
+from protos.types import KVLayout, PeerRef, TransferKind
 
 MAX_FRAME_NBYTES = 64 << 10
 MAX_TEXT_LENGTH = 1024  # characters of one string
 MAX_NUM_TOKENS = 4096  # in one commit
 TRANSFER_ID_NBYTES = 16
-
-
-class TransferKind(StrEnum):
-    HANDOFF = "handoff"
-    PULL = "pull"
-    RETURN = "return"
-    MIGRATE = "migrate"
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from enum import Enum, auto
 
 from kvtransfer.config import TransferConfig
-from kvtransfer.messages import Abort, Accept, Ack, Chunk, Commit, Offer, Ready, Refuse, Stamp, TransferKind, clip
+from kvtransfer.messages import Abort, Accept, Ack, Chunk, Commit, Offer, Ready, Refuse, Stamp, clip
 from kvtransfer.transfer import AbortAsked, CancelWork, LinkLost, Received, Tell, Tick
-from protos.types import TransferFailure
+from protos.types import TransferFailure, TransferKind
 
 
 @dataclass(frozen=True, slots=True)

@@ -195,6 +195,9 @@ def _account_to_proto(account: WorkerAccount) -> pb.WorkerAccount:
         num_held_tokens=account.num_held_tokens,
         mode="" if account.mode is None else account.mode.value,
         mode_reason=account.mode_reason,
+        num_pulled_tokens=account.num_pulled_tokens,
+        pull_s=account.pull_s,
+        num_failed_pulls=account.num_failed_pulls,
     )
 
 
@@ -210,6 +213,9 @@ def _account_from_proto(message: pb.WorkerAccount) -> WorkerAccount:
         num_held_tokens=message.num_held_tokens,
         mode=ServingMode(message.mode) if message.mode else None,
         mode_reason=message.mode_reason,
+        num_pulled_tokens=message.num_pulled_tokens,
+        pull_s=message.pull_s,
+        num_failed_pulls=message.num_failed_pulls,
     )
 
 

@@ -47,6 +47,13 @@ class SamplingParams:
     num_logprobs: int | None = None  # None: no log probabilities are asked for
 
 
+class TransferKind(StrEnum):
+    HANDOFF = "handoff"
+    PULL = "pull"
+    RETURN = "return"
+    MIGRATE = "migrate"
+
+
 class TransferFailure(StrEnum):
     """Why a KV transfer ended without its KV, at the end that counts it: a small closed set, for metrics."""
 
@@ -129,6 +136,9 @@ class WorkerAccount:
     num_held_tokens: int = 0
     mode: ServingMode | None = None  # set by the worker that decodes
     mode_reason: str = ""
+    num_pulled_tokens: int = 0  # hits that a pull had brought; num_cached_tokens leaves them out
+    pull_s: float = 0.0  # part of queued_s: waiting for pulls, in vain or not
+    num_failed_pulls: int = 0  # refused, lost or late
 
 
 @dataclass(frozen=True, slots=True)

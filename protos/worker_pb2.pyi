@@ -168,7 +168,7 @@ class RouterFrame(_message.Message):
     def __init__(self, hello: _Optional[_Union[RouterHello, _Mapping]] = ..., heartbeat: _Optional[int] = ..., membership: _Optional[_Union[Membership, _Mapping]] = ..., submits: _Optional[_Iterable[_Union[Submit, _Mapping]]] = ..., aborts: _Optional[_Iterable[_Union[Abort, _Mapping]]] = ..., retargets: _Optional[_Iterable[_Union[Retarget, _Mapping]]] = ...) -> None: ...
 
 class WorkerAccount(_message.Message):
-    __slots__ = ("num_cached_tokens", "queued_s", "prefill_s", "num_preemptions", "num_kv_bytes", "transfer_s", "transfer_exposed_s", "num_held_tokens", "mode", "mode_reason")
+    __slots__ = ("num_cached_tokens", "queued_s", "prefill_s", "num_preemptions", "num_kv_bytes", "transfer_s", "transfer_exposed_s", "num_held_tokens", "mode", "mode_reason", "num_pulled_tokens", "pull_s", "num_failed_pulls")
     NUM_CACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     QUEUED_S_FIELD_NUMBER: _ClassVar[int]
     PREFILL_S_FIELD_NUMBER: _ClassVar[int]
@@ -179,6 +179,9 @@ class WorkerAccount(_message.Message):
     NUM_HELD_TOKENS_FIELD_NUMBER: _ClassVar[int]
     MODE_FIELD_NUMBER: _ClassVar[int]
     MODE_REASON_FIELD_NUMBER: _ClassVar[int]
+    NUM_PULLED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    PULL_S_FIELD_NUMBER: _ClassVar[int]
+    NUM_FAILED_PULLS_FIELD_NUMBER: _ClassVar[int]
     num_cached_tokens: int
     queued_s: float
     prefill_s: float
@@ -189,7 +192,10 @@ class WorkerAccount(_message.Message):
     num_held_tokens: int
     mode: str
     mode_reason: str
-    def __init__(self, num_cached_tokens: _Optional[int] = ..., queued_s: _Optional[float] = ..., prefill_s: _Optional[float] = ..., num_preemptions: _Optional[int] = ..., num_kv_bytes: _Optional[int] = ..., transfer_s: _Optional[float] = ..., transfer_exposed_s: _Optional[float] = ..., num_held_tokens: _Optional[int] = ..., mode: _Optional[str] = ..., mode_reason: _Optional[str] = ...) -> None: ...
+    num_pulled_tokens: int
+    pull_s: float
+    num_failed_pulls: int
+    def __init__(self, num_cached_tokens: _Optional[int] = ..., queued_s: _Optional[float] = ..., prefill_s: _Optional[float] = ..., num_preemptions: _Optional[int] = ..., num_kv_bytes: _Optional[int] = ..., transfer_s: _Optional[float] = ..., transfer_exposed_s: _Optional[float] = ..., num_held_tokens: _Optional[int] = ..., mode: _Optional[str] = ..., mode_reason: _Optional[str] = ..., num_pulled_tokens: _Optional[int] = ..., pull_s: _Optional[float] = ..., num_failed_pulls: _Optional[int] = ...) -> None: ...
 
 class TokenOutput(_message.Message):
     __slots__ = ("request_id", "attempt", "index", "token_ids", "finish_reason", "account", "error", "logprobs")

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from router.config import RouterConfig
 from router.events import RefusedFor
-from router.policy import Candidate, ttft_estimate_s
+from router.policy import WorkerLoad
 
 MIN_RETRY_AFTER_S = 0.1
 
@@ -21,20 +21,20 @@ class Refusal:
 
 def early_refusal(
     config: RouterConfig,
-    num_tokens: int,
+    estimate_s: float,
     priority: int,
     deadline_s: float | None,
-    prefill: Candidate,
-    decoding: Candidate,
+    prefill: WorkerLoad,
+    decoding: WorkerLoad,
 ) -> Refusal | None:
-    """`prefill` and `decoding` are where the request would go: the best there is. None where it is taken.
+    """`prefill` and `decoding` are where the request would go: the best there is; `estimate_s` is what its first token
+    would take there, behind what is queued and what was sent. None where it is taken.
 
     A request of priority above 0 goes ahead of what is pending, so that is not held against it."""
     if decoding.num_requests >= config.max_requests_per_worker:
         message = f"{decoding.worker_id} has {decoding.num_requests} requests, and no other worker has fewer"
         return Refusal(RefusedFor.WORKERS_FULL, message, config.ttft_slo_s)
     limit_s = config.ttft_slo_s if deadline_s is None else min(config.ttft_slo_s, deadline_s)
-    estimate_s = ttft_estimate_s(num_tokens, prefill)
     if not config.refuses_early or priority > 0 or estimate_s <= limit_s or prefill.num_pending_tokens == 0:
         return None
     message = (

@@ -160,6 +160,7 @@ class Calls:
         return explain(
             self._config,
             self._driver.router.view,
+            self._driver.router.planner,
             arrived.links,
             len(request.token_ids),
             request.sampling_params.max_tokens - request.num_committed_tokens,

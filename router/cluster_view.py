@@ -3,15 +3,19 @@ requests."""
 
 from __future__ import annotations
 
-from collections import UserDict
+from bisect import bisect_left, insort
+from collections import UserDict, defaultdict
 from collections.abc import Callable, Sequence
 
 from protos.types import PeerRef, Role, WorkerStats
 from router.config import RouterConfig
 from router.hash_ring import RingPair
+from router.key_depth import KeyDepths
 from router.policy import Candidate, by_pending, by_room
 from router.prefix_index import PrefixIndex
+from router.queue_order import make_order
 from router.ranking import Ranking
+from router.worker_queue import WorkerQueue
 
 INITIAL_MAX_LINKS = 4096  # of a worker's prefix index, until it has said how many blocks it has
 
@@ -37,16 +41,22 @@ class Tally(UserDict[str, int]):
 class WorkerView:
     """One life of one worker, as this router sees it; on_load is called when what it is ranked by may have changed.
 
-    Invariant: `pending_tokens` has an entry for every request sent here and not yet prefilled, `placed_blocks` for
-    every request that decodes or will decode here; both are empty when no request in flight needs this worker."""
+    Invariant: `pending_tokens` and `pending_us` have an entry for every request sent here and not yet prefilled,
+    `queue` for every one placed here and not yet sent, `placed_blocks` for every one that decodes or will decode here;
+    all are empty when no request in flight needs this worker."""
 
-    def __init__(self, ref: PeerRef, on_load: Callable[[WorkerView], None]) -> None:
+    def __init__(self, ref: PeerRef, config: RouterConfig, on_load: Callable[[WorkerView], None]) -> None:
         self.ref = ref
         self.stats = WorkerStats()
         self.warm_links: frozenset[str] = frozenset()  # of `stats`
         self.prefixes = PrefixIndex(INITIAL_MAX_LINKS)
         self.pending_tokens = Tally(lambda: on_load(self))
+        self.pending_us = Tally(lambda: None)  # microseconds, by the cost model: sums of integers do not drift
         self.placed_blocks = Tally(lambda: on_load(self))
+        order = make_order(config.queue_order, config.max_queue_wait_s)
+        self.queue = WorkerQueue(order, config.dispatch_tokens, lambda: on_load(self))
+        self.rebalanced_at = float("-inf")  # when its queue was last looked through
+        self._cost = config.cost
 
     @property
     def worker_id(self) -> str:
@@ -60,20 +70,54 @@ class WorkerView:
 
     @property
     def num_pending_tokens(self) -> int:
-        return self.pending_tokens.total
+        """To compute for requests that are queued here, or sent and not yet prefilled."""
+        return self.pending_tokens.total + self.queue.num_tokens
 
     @property
     def num_requests(self) -> int:
         return len(self.placed_blocks)
 
-    def release(self, request_id: str) -> None:
+    @property
+    def has_credit(self) -> bool:
+        return self.queue.has_credit(self.pending_tokens.total)
+
+    @property
+    def sent_s(self) -> float:
+        """How long the worker is busy with what it was sent and has not prefilled."""
+        if self._cost is None:
+            return self.pending_tokens.total * self.stats.prefill_s_per_token
+        return self.pending_us.total / 1e6
+
+    @property
+    def backlog_s(self) -> float:
+        """The same, with what is queued."""
+        if self._cost is None:
+            return self.num_pending_tokens * self.stats.prefill_s_per_token
+        return self.sent_s + self.queue.work_s
+
+    def prefill_s(self, num_new_tokens: int, num_cached_tokens: int) -> float:
+        """By the cost model, else as the worker has measured: 0 until it has."""
+        if self._cost is None:
+            return num_new_tokens * self.stats.prefill_s_per_token
+        return self._cost.prefill_s([(num_new_tokens, num_cached_tokens)])
+
+    def charge(self, request_id: str, num_tokens: int, prefill_s: float) -> None:
+        """It was sent, with so much to compute."""
+        self.pending_us[request_id] = round(prefill_s * 1e6)
+        self.pending_tokens[request_id] = num_tokens
+
+    def note_prefilled(self, request_id: str) -> None:
+        self.pending_us.pop(request_id, None)
         self.pending_tokens.pop(request_id, None)
+
+    def release(self, request_id: str) -> None:
+        self.note_prefilled(request_id)
         self.placed_blocks.pop(request_id, None)
 
 
 class ClusterView:
-    """Invariant: the rings name exactly the workers that prefill and are up; every worker that is up stands in one of
-    the rankings, in the place that its load gives it."""
+    """Invariant: the rings and `prefill_worker_ids` name exactly the workers that prefill and are up; every worker that
+    is up stands in one of the rankings, in the place that its load gives it."""
 
     def __init__(self, config: RouterConfig) -> None:
         self._config = config
@@ -81,18 +125,28 @@ class ClusterView:
         self._prefill: Ranking[WorkerView] = Ranking(by_pending)
         self._decode: Ranking[WorkerView] = Ranking(by_room)
         self.workers: dict[str, WorkerView] = {}
+        self._depths = KeyDepths(config.key_depth) if config.adapts_key_depth else None
+        self.prefill_worker_ids: list[str] = []  # sorted: the same in every router
+        self.num_pending_tokens = 0  # of all that prefill
+        self._counted: dict[str, int] = defaultdict(int)  # what each has added to it
+        self._changed: dict[str, WorkerView] = {}  # their load has changed while requests were queued
 
     def add(self, ref: PeerRef) -> None:
         assert ref.worker_id not in self.workers, ref
-        self.workers[ref.worker_id] = WorkerView(ref, self._rank)
+        self.workers[ref.worker_id] = WorkerView(ref, self._config, self._rank)
         self._rank(self.workers[ref.worker_id])
         if self._prefills(ref.role):
             self.rings.add(ref.worker_id)
+            insort(self.prefill_worker_ids, ref.worker_id)
 
     def remove(self, worker_id: str) -> None:
         view = self.workers.pop(worker_id)
         self._ranking_of(view).remove(worker_id)
-        self.rings.remove(worker_id)
+        self._changed.pop(worker_id, None)
+        self.num_pending_tokens -= self._counted.pop(worker_id, 0)
+        if worker_id in self.rings.members:
+            self.rings.remove(worker_id)
+            del self.prefill_worker_ids[bisect_left(self.prefill_worker_ids, worker_id)]
 
     def find(self, worker_id: str, incarnation: str) -> WorkerView | None:
         view = self.workers.get(worker_id)
@@ -109,6 +163,11 @@ class ClusterView:
         view.stats = stats
         self._rank(view)
 
+    def take_changed(self) -> list[WorkerView]:
+        """Those that may have room for one that is queued there: their load has changed since this was last asked."""
+        changed, self._changed = list(self._changed.values()), {}
+        return changed
+
     def prefill_workers(self) -> Sequence[WorkerView]:
         """Least pending first."""
         return self._prefill.members
@@ -117,30 +176,56 @@ class ClusterView:
         """Those that take handoffs, most room first: none where every worker serves requests from end to end."""
         return self._decode.members
 
+    def home_key(self, links: Sequence[bytes]) -> bytes | None:
+        """What the rings are asked with: the last of the blocks that make the key. No full block, none."""
+        return links[self.key_depth(links) - 1] if links else None
+
+    def key_depth(self, links: Sequence[bytes]) -> int:
+        """How many blocks make the key."""
+        depth = self._config.key_depth_blocks if self._depths is None else self._depths.depth(links)
+        return min(depth, len(links))
+
+    def earlier_keys(self, links: Sequence[bytes]) -> list[bytes]:
+        """Other keys under which KV of this prefix may have been placed; none where key depths do not adapt."""
+        return [] if self._depths is None else [links[depth - 1] for depth in self._depths.earlier_depths(links)]
+
+    def observe(self, links: Sequence[bytes]) -> None:
+        """A request was taken: where key depths adapt, its prefixes count from now on."""
+        if self._depths is not None and self.prefill_worker_ids:
+            self._depths.observe(links, len(self.prefill_worker_ids))
+
     def home_worker_ids(self, links: Sequence[bytes]) -> tuple[str, ...]:
-        """The home pair of a prompt: what the rings say of its first key_depth_blocks blocks. No full block, none."""
-        if not links:
-            return ()
-        return self.rings.candidates(links[min(self._config.key_depth_blocks, len(links)) - 1])
+        """The home pair of a prompt."""
+        key = self.home_key(links)
+        return () if key is None else self.rings.candidates(key)
 
     def candidate(self, view: WorkerView, links: Sequence[bytes], num_tokens: int) -> Candidate:
-        hash_block_size = self._config.hash_block_size
+        block = self._config.hash_block_size
         # The last token is always computed, so that there is something to sample from: it never counts as cached.
-        max_cached_tokens = (num_tokens - 1) // hash_block_size * hash_block_size
+        num_cached_tokens = min(view.prefixes.num_matching(links) * block, (num_tokens - 1) // block * block)
         return Candidate(
             worker_id=view.worker_id,
-            num_cached_tokens=min(view.prefixes.num_matching(links) * hash_block_size, max_cached_tokens),
+            num_cached_tokens=num_cached_tokens,
             num_pending_tokens=view.num_pending_tokens,
-            prefill_s_per_token=view.stats.prefill_s_per_token,
             num_blocks=view.stats.num_blocks,
             num_free_blocks=view.num_free_blocks,
             num_requests=view.num_requests,
+            backlog_s=view.backlog_s,
+            prefill_s=view.prefill_s(num_tokens - num_cached_tokens, num_cached_tokens),
         )
 
     def _rank(self, view: WorkerView) -> None:
         """One that is no longer up may still change, while its requests leave it."""
         if self.is_live(view):
             self._ranking_of(view).put(view.worker_id, view)
+            self._count(view)
+            if len(view.queue):
+                self._changed[view.worker_id] = view
+
+    def _count(self, view: WorkerView) -> None:
+        if self._prefills(view.ref.role):
+            self.num_pending_tokens += view.num_pending_tokens - self._counted[view.worker_id]
+            self._counted[view.worker_id] = view.num_pending_tokens
 
     def _ranking_of(self, view: WorkerView) -> Ranking[WorkerView]:
         return self._prefill if self._prefills(view.ref.role) else self._decode

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import ipaddress
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, field
+from typing import Literal, get_args
 
+from protos.cost_model import CostModel
+from router.key_depth import KeyDepthConfig
+from router.policies.config import PolicyConfig
+from router.queue_order import QueueOrderName
 from router.tenants import TenantConfig
 
 
@@ -16,38 +20,49 @@ class RouterConfig:
     tls_cert: str | None = None  # PEM file with the server's certificate chain, for gRPC and HTTP
     tls_key: str | None = None  # PEM file with its key
     tenants: tuple[TenantConfig, ...] = ()  # none: everybody may call, from this machine only; see tenants_file
-    mode: Literal["disaggregated", "colocated"] = "disaggregated"
+    mode: Literal["disaggregated", "colocated"] = "disaggregated"  # colocated: every worker does both, and no KV moves
 
     # Placement
-    ttft_slo_s: float = 5.0
+    ttft_slo_s: float = 5.0  # time to the first token that placement keeps to, and admission refuses for
     tpot_slo_s: float = 0.1  # what the page at /ui and the metrics measure against; placement does not use it
     key_depth_blocks: int = 2  # hash blocks that make the routing key
+    adapts_key_depth: bool = False  # prefix by prefix, to how many requests share it; key_depth_blocks is not used then
+    key_depth: KeyDepthConfig = field(default_factory=KeyDepthConfig)  # how it adapts
     hash_block_size: int = 64  # tokens; one value for the whole cluster
     block_size: int = 64  # tokens of a KV block
-    ring_seed: int = 0
+    ring_seed: int = 0  # of the two hash rings
     num_virtual_nodes: int = 64  # points of one worker on each ring
+    policy: PolicyConfig = field(default_factory=PolicyConfig)  # where a request is prefilled
+
+    # Queues of the router, one for each worker that prefills
+    dispatch_tokens: int = 0  # sent to a worker and not yet prefilled, before more wait here; 0: all are sent at once
+    queue_order: QueueOrderName = "first_come"  # of requests with the same priority
+    max_queue_wait_s: float = 30.0  # whoever has waited longer goes first, in every order
+    rebalances: bool = False  # queued requests move within their home pair when they would miss ttft_slo_s
+    cost: CostModel | None = None  # of a worker's steps; without one, estimates go by what the worker has measured
+    pull_s_per_token: float = 0.0  # to fetch KV from a prefix's home; 0: workers do not
 
     # Requests in flight
-    max_attempts: int = 3
-    max_in_flight: int = 1024
+    max_attempts: int = 3  # to run one request; another one follows the loss of a worker
+    max_in_flight: int = 1024  # requests; more are refused
     max_requests_per_worker: int = 128  # placed on one worker to decode; more would only wait there, in mid-answer
     refuses_early: bool = True  # a request that would miss ttft_slo_s in the queue
     max_wait_s: float = 30.0  # for a worker to join, where none is up
     max_pending_tokens: int = 4096  # of one request, reported ahead of a gap
 
     # Workers
-    heartbeat_interval_s: float = 0.25
-    lease_s: float = 1.5
-    connect_timeout_s: float = 10.0
+    heartbeat_interval_s: float = 0.25  # set lease.heartbeat_interval_s
+    lease_s: float = 1.5  # set lease.lease_s
+    connect_timeout_s: float = 10.0  # to a worker that joins
 
     # Clients
     max_output_buffer_tokens: int = 4096  # of one call, waiting for a slow reader
     read_timeout_s: float = 30.0  # for the body of one HTTP request to come
     max_http_connections: int = 4096  # more get a 503 at once
     write_timeout_s: float = 30.0  # for one message to a reader that does not read
-    max_message_bytes: int = 8 * 1024 * 1024
-    max_request_id_len: int = 128
-    max_stop_strings: int = 16
+    max_message_bytes: int = 8 * 1024 * 1024  # of one gRPC message or HTTP body
+    max_request_id_len: int = 128  # characters
+    max_stop_strings: int = 16  # of one request
     max_stop_len: int = 256  # characters
     max_n: int = 16  # choices of one call
     max_logprobs: int = 20  # likeliest tokens named beside each output token
@@ -67,6 +82,12 @@ class RouterConfig:
         for name in ("key_depth_blocks", "hash_block_size", "block_size", "num_virtual_nodes", "max_attempts"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("dispatch_tokens", "max_queue_wait_s", "pull_s_per_token"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+        if self.queue_order not in get_args(QueueOrderName):
+            known = ", ".join(get_args(QueueOrderName))
+            raise ValueError(f"queue_order must be one of {known}, got {self.queue_order!r}")
         if self.block_size % self.hash_block_size:
             raise ValueError(
                 f"block_size must be a multiple of hash_block_size {self.hash_block_size}, got {self.block_size}"

@@ -1,5 +1,5 @@
-"""Where a request would go now, and why: the same planner as for a real one, and what it saw of every worker. Reads the
-view, changes nothing."""
+"""Where a request would go now, and why: by a copy of the planner for real ones, and what it saw of every worker.
+Reads the view, changes nothing."""
 
 from __future__ import annotations
 
@@ -29,16 +29,17 @@ class Explanation:
 def explain(
     config: RouterConfig,
     view: ClusterView,
+    planner: Planner,
     links: Sequence[bytes],
     num_tokens: int,
     num_remaining_tokens: int,
     priority: int = 0,
     deadline_s: float | None = None,
 ) -> Explanation:
-    planner = Planner(config, view)
+    planner = planner.copy()
     plan = planner.plan(links, num_tokens, num_remaining_tokens)
     reason = plan.prefill_reason if plan else f"no worker is up; the request would wait {config.max_wait_s:g} s for one"
-    if plan and (refused := planner.refusal(plan, links, num_tokens, priority, deadline_s)):
+    if plan and (refused := planner.refusal(plan, priority, deadline_s)):
         plan, reason = None, f"refused now: {refused.message}"
     return Explanation(
         prefill_candidates=tuple(view.candidate(worker, links, num_tokens) for worker in view.prefill_workers()),

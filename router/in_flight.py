@@ -22,6 +22,7 @@ class Attempt:
     reported: set[str] = field(default_factory=set)  # workers that have sent tokens
     refused: set[str] = field(default_factory=set)  # decode workers that had no room
     accounts: dict[str, WorkerAccount] = field(default_factory=dict)
+    queued_s: float = 0.0  # here, before it was sent
 
     @property
     def workers(self) -> tuple[WorkerView, ...]:
@@ -43,7 +44,7 @@ class Attempt:
 
 @dataclass(slots=True)
 class InFlight:
-    """Invariant: it has an attempt, or waits for a worker to join since `waiting_since`."""
+    """Invariant: it has an attempt, or is queued, or waits for a worker to join since `waiting_since`: one of these."""
 
     template: GenerateRequest  # attempt 0: the prompt, no handoff
     links: tuple[bytes, ...]
@@ -51,6 +52,8 @@ class InFlight:
     arrived_at: float
     beside: tuple[str, ...] = ()  # where its first attempt goes
     attempt: Attempt | None = None
+    queued: Plan | None = None  # it is in the queue of the worker that this plan says prefills
+    ready_since: float = 0.0  # since it came, or its last attempt failed, it may be sent
     waiting_since: float = 0.0
     num_attempts: int = 0
     last_failure: str = ""  # why the last attempt failed
@@ -65,6 +68,11 @@ class InFlight:
     def worker_ids(self) -> tuple[str, ...]:
         """Where its attempt runs: prefill, then decode."""
         return tuple(view.worker_id for view in self.attempt.workers) if self.attempt else ()
+
+    @property
+    def waits_for_a_worker(self) -> bool:
+        """To join: none is up."""
+        return self.attempt is None and self.queued is None
 
     @property
     def num_tokens(self) -> int:
@@ -117,7 +125,7 @@ class InFlight:
             transfer_s=decode.transfer_s,
             transfer_exposed_s=decode.transfer_exposed_s,
             num_preemptions=sum(a.num_preemptions for a in self.attempt.accounts.values()) if self.attempt else 0,
-            queued_s=prefill.queued_s,
+            queued_s=prefill.queued_s + (self.attempt.queued_s if self.attempt else 0.0),
             prefill_s=prefill.prefill_s,
             ttft_s=first_token_at - self.arrived_at,
             tpot_s=(self.last_token_at - first_token_at) / (num_tokens - 1) if num_tokens > 1 else 0.0,

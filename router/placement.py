@@ -1,20 +1,26 @@
 """Where one attempt runs: who prefills, who decodes, and whether the KV moves between them. Pure: reads the view,
-changes nothing."""
+changes nothing there. Which worker prefills is a policy's to say (policies/)."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from copy import deepcopy
+from dataclasses import dataclass, replace
 
 from router.admission import Refusal, early_refusal
 from router.cluster_view import ClusterView, WorkerView
 from router.config import RouterConfig
-from router.policy import Choice, DualMap, LeastPending, MostFreeBlocks, Policy
+from router.placement_view import RequestView
+from router.policies.estimates import estimate
+from router.policies.make import make_policy
+from router.policy import Choice, MostFreeBlocks, Policy
+from router.sampling import Sampler
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """`decode` is None where the worker that prefills also decodes; decode_reason then says why."""
+    """`decode` is None where the worker that prefills also decodes; decode_reason then says why. The estimates count on
+    KV that the worker may pull from `home_worker_ids`."""
 
     prefill: WorkerView
     prefill_reason: str
@@ -22,6 +28,10 @@ class Plan:
     decode_reason: str
     home_worker_ids: tuple[str, ...] = ()
     num_predicted_cached_tokens: int = 0
+    num_prefill_tokens: int = 0  # to compute
+    prefill_s: float = 0.0  # what that takes; 0 where no speed is known yet
+    ttft_s: float = 0.0
+    is_beside: bool = False  # another choice of its call
 
     @property
     def decoding_worker(self) -> WorkerView:
@@ -29,41 +39,66 @@ class Plan:
 
 
 class Planner:
-    """Weighs the home pair. The other choices are the head of a ranking: the view keeps workers in the order of the
-    policy that would choose among them."""
+    """Asks the policy who prefills. The worker that decodes is the head of a ranking: the view keeps workers in the
+    order of the policy that would choose among them.
+
+    Invariant: of itself it changes only what policies keep from one request to the next (whose turn it is, the state
+    of the sampler)."""
 
     def __init__(self, config: RouterConfig, view: ClusterView) -> None:
         self._config = config
         self._view = view
-        self._with_home: Policy = DualMap(config.ttft_slo_s)
-        self._without_home: Policy = LeastPending()
+        self._prefill = make_policy(config.policy, config.ttft_slo_s, config.block_size)
         self._decode: Policy = MostFreeBlocks()
+        self._sampler = Sampler(config.ring_seed)
+
+    def copy(self) -> Planner:
+        """One that chooses as this one would next, and leaves this one as it is."""
+        planner = Planner(self._config, self._view)
+        planner._prefill, planner._sampler = deepcopy((self._prefill, self._sampler))
+        return planner
 
     def plan(
         self, links: Sequence[bytes], num_tokens: int, num_remaining_tokens: int, beside: Sequence[str] = ()
     ) -> Plan | None:
         """None where no worker is up. num_remaining_tokens: how many the request may still generate; beside: where
         another choice of the same call runs."""
+        request = self._request(links, num_tokens)
         if beside and all(worker_id in self._view.workers for worker_id in beside):
-            return self._plan_beside(links, num_tokens, beside)
+            return self._plan_beside(request, beside)
         if not self._view.prefill_workers():
-            return self._plan_on_decode_worker(links, num_tokens)
-        home = self._view.home_worker_ids(links)
-        pool = [self._view.workers[worker_id] for worker_id in home] or self._view.prefill_workers()[:1]
-        policy = self._with_home if home else self._without_home
-        prefill, reason = self._choose(policy, pool, links, num_tokens)
-        decode, decode_reason = self._plan_decode(prefill, links, num_tokens, num_remaining_tokens)
-        num_cached_tokens = self._view.candidate(prefill, links, num_tokens).num_cached_tokens
-        return Plan(prefill, reason, decode, decode_reason, home, num_cached_tokens)
+            return self._plan_on_decode_worker(request)
+        plan = self._plan_prefill(request, self._prefill.place(request))
+        return self._with_decode(plan, links, num_tokens, num_remaining_tokens)
 
-    def refusal(
-        self, plan: Plan, links: Sequence[bytes], num_tokens: int, priority: int, deadline_s: float | None
-    ) -> Refusal | None:
+    def plan_at(
+        self, worker_id: str, reason: str, links: Sequence[bytes], num_tokens: int, num_remaining_tokens: int
+    ) -> Plan:
+        """With this worker to prefill."""
+        plan = self._plan_prefill(self._request(links, num_tokens), Choice(worker_id, reason))
+        return self._with_decode(plan, links, num_tokens, num_remaining_tokens)
+
+    def plan_again(self, plan: Plan, links: Sequence[bytes], num_tokens: int, num_remaining_tokens: int) -> Plan:
+        """Who decodes is chosen when the request is sent: time has passed since it was placed."""
+        is_kept = plan.is_beside and (plan.decode is None or self._view.is_live(plan.decode))
+        if is_kept or plan.prefill.worker_id not in self._view.rings.members:
+            return plan
+        return self._with_decode(plan, links, num_tokens, num_remaining_tokens)
+
+    def other_plans(self, plan: Plan, links: Sequence[bytes], num_tokens: int, within_s: float) -> list[Plan]:
+        """Where a request that is queued may move: the rest of its home pair and whoever else the policy allows, less
+        those that are busy for within_s already."""
+        request = self._request(links, num_tokens)
+        others = dict.fromkeys(request.home_pair())
+        if self._config.policy.name == "home_pair":
+            others |= dict.fromkeys(request.sample(self._config.policy.num_sampled))
+        others.pop(plan.prefill.worker_id, None)
+        free = [worker_id for worker_id in others if self._view.workers[worker_id].backlog_s < within_s]
+        return [self._plan_prefill(request, Choice(worker_id, "")) for worker_id in free]
+
+    def refusal(self, plan: Plan, priority: int, deadline_s: float | None) -> Refusal | None:
         """Why a new request is not to be taken now, although this is the best place for it."""
-        prefill, decoding = (
-            self._view.candidate(view, links, num_tokens) for view in (plan.prefill, plan.decoding_worker)
-        )
-        return early_refusal(self._config, num_tokens, priority, deadline_s, prefill, decoding)
+        return early_refusal(self._config, plan.ttft_s, priority, deadline_s, plan.prefill, plan.decoding_worker)
 
     def choose_decode(
         self, prefill: WorkerView, links: Sequence[bytes], num_tokens: int, refused: Collection[str]
@@ -77,13 +112,52 @@ class Planner:
                 roomiest = view
                 break
             roomiest = roomiest or view
-        return self._choose(self._decode, [roomiest], links, num_tokens) if roomiest else None
+        if roomiest is None:
+            return None
+        return roomiest, self._decode.choose(num_tokens, [self._view.candidate(roomiest, links, num_tokens)]).reason
 
-    def _plan_beside(self, links: Sequence[bytes], num_tokens: int, beside: Sequence[str]) -> Plan:
-        prefill, *others = (self._view.workers[worker_id] for worker_id in beside)
-        num_cached_tokens = self._view.candidate(prefill, links, num_tokens).num_cached_tokens
-        home, reason = self._view.home_worker_ids(links), "beside the first choice"
-        return Plan(prefill, reason, others[0] if others else None, reason, home, num_cached_tokens)
+    def _request(self, links: Sequence[bytes], num_tokens: int) -> RequestView:
+        return RequestView(self._config, self._view, self._sampler, links, num_tokens)
+
+    def _plan_prefill(self, request: RequestView, choice: Choice) -> Plan:
+        """Without a word on who decodes."""
+        sources = choice.sources or request.home_pair()
+        candidate = request.candidate(choice.worker_id)
+        num_pullable_tokens = 0
+        if self._config.pull_s_per_token:
+            num_held_tokens = max((request.candidate(one).num_cached_tokens for one in sources), default=0)
+            num_pullable_tokens = max(0, num_held_tokens - candidate.num_cached_tokens)
+        estimated = estimate(request, candidate, num_pullable_tokens, request.pull_s(num_pullable_tokens))
+        num_ready_tokens = candidate.num_cached_tokens + estimated.num_pulled_tokens
+        return Plan(
+            prefill=self._view.workers[choice.worker_id],
+            prefill_reason=choice.reason,
+            decode=None,
+            decode_reason="",
+            home_worker_ids=sources,
+            num_predicted_cached_tokens=candidate.num_cached_tokens,
+            num_prefill_tokens=request.num_tokens - num_ready_tokens,
+            prefill_s=request.prefill_s(choice.worker_id, num_ready_tokens),
+            ttft_s=estimated.ttft_s,
+        )
+
+    def _plan_beside(self, request: RequestView, beside: Sequence[str]) -> Plan:
+        reason = "beside the first choice"
+        plan = self._plan_prefill(request, Choice(beside[0], reason))
+        decode = self._view.workers[beside[1]] if len(beside) > 1 else None
+        return replace(plan, decode=decode, decode_reason=reason, is_beside=True)
+
+    def _plan_on_decode_worker(self, request: RequestView) -> Plan | None:
+        pool = self._view.decode_workers()[:1]
+        if not pool:
+            return None
+        choice = self._decode.choose(request.num_tokens, [request.candidate(pool[0].worker_id)])
+        plan = self._plan_prefill(request, replace(choice, reason=f"no prefill worker is up; {choice.reason}"))
+        return replace(plan, decode_reason="no prefill worker is up")
+
+    def _with_decode(self, plan: Plan, links: Sequence[bytes], num_tokens: int, num_remaining_tokens: int) -> Plan:
+        decode, reason = self._plan_decode(plan.prefill, links, num_tokens, num_remaining_tokens)
+        return replace(plan, decode=decode, decode_reason=reason)
 
     def _plan_decode(
         self, prefill: WorkerView, links: Sequence[bytes], num_tokens: int, num_remaining_tokens: int
@@ -94,16 +168,3 @@ class Planner:
             return None, "only 1 token is left to generate, and prefill makes it"
         chosen = self.choose_decode(prefill, links, num_tokens, refused=())
         return chosen or (None, "no decode worker is up")
-
-    def _plan_on_decode_worker(self, links: Sequence[bytes], num_tokens: int) -> Plan | None:
-        pool = self._view.decode_workers()[:1]
-        if not pool:
-            return None
-        worker, reason = self._choose(self._decode, pool, links, num_tokens)
-        return Plan(worker, f"no prefill worker is up; {reason}", None, "no prefill worker is up")
-
-    def _choose(
-        self, policy: Policy, pool: Sequence[WorkerView], links: Sequence[bytes], num_tokens: int
-    ) -> tuple[WorkerView, str]:
-        choice: Choice = policy.choose(num_tokens, [self._view.candidate(view, links, num_tokens) for view in pool])
-        return self._view.workers[choice.worker_id], choice.reason

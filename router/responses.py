@@ -13,7 +13,7 @@ from router.cluster_view import WorkerView
 from router.config import RouterConfig
 from router.explain import Explanation
 from router.parts import End, Part
-from router.policy import Candidate, ttft_estimate_s
+from router.policy import Candidate
 from router.status import KnownWorker
 from router.validation import ChatMessage, InvalidArgument, PublicRequest
 
@@ -130,6 +130,7 @@ def worker_load(worker: KnownWorker, view: WorkerView | None) -> pb.WorkerLoad:
         stats = view.stats
         load.num_running = stats.num_running
         load.num_waiting = stats.num_waiting
+        load.num_queued = len(view.queue)
         load.num_blocks = stats.num_blocks
         load.num_free_blocks = stats.num_free_blocks
         load.num_cached_blocks = stats.num_cached_blocks
@@ -160,13 +161,13 @@ def server_info_response(
     )
 
 
-def explain_response(explanation: Explanation, num_prompt_tokens: int, num_tokens: int) -> pb.ExplainRouteResponse:
+def explain_response(explanation: Explanation, num_prompt_tokens: int) -> pb.ExplainRouteResponse:
     def candidate(one: Candidate) -> pb.RouteCandidate:
         return pb.RouteCandidate(
             worker_id=one.worker_id,
             num_cached_tokens=one.num_cached_tokens,
             num_pending_tokens=one.num_pending_tokens,
-            ttft_estimate_s=ttft_estimate_s(num_tokens, one),
+            ttft_estimate_s=one.ttft_s,
             num_free_blocks=max(0, one.num_free_blocks),
             is_home=one.worker_id in explanation.home_worker_ids,
         )

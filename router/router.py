@@ -1,9 +1,10 @@
 """The life of every request in flight, from arrival to its last word: dispatch, hand-over, failover, cancellation.
-Decides when an attempt starts and ends. Where it runs is placement.py's; text, sockets and clocks are the shell's."""
+Decides when an attempt starts and ends. Where it runs is placement.py's, who waits for a worker and in which order
+queues.py's; text, sockets and clocks are the shell's."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, replace
 from typing import assert_never
 
@@ -29,6 +30,7 @@ from router.events import (
 )
 from router.in_flight import Attempt, InFlight
 from router.placement import Plan, Planner
+from router.queues import Queues
 
 RETRY_AFTER_S = 1.0
 
@@ -39,6 +41,7 @@ class RouterStatistics:
     num_failed: int = 0
     num_cancelled: int = 0
     num_failovers: int = 0  # attempts after the first
+    num_rebalanced: int = 0  # moves of queued requests to another worker
     num_stale_reports: int = 0  # from older attempts, other incarnations or workers, or for finished requests
 
 
@@ -51,7 +54,8 @@ class Router:
         self.view = ClusterView(config)
         self.statistics = RouterStatistics()
         self._config = config
-        self._planner = Planner(config, self.view)
+        self.planner = Planner(config, self.view)
+        self._queues = Queues(config, self.view, self.planner)
         self._make_transfer_id = make_transfer_id
         self._in_flight: dict[str, InFlight] = {}
         self._by_client_id: dict[tuple[str, str], list[str]] = {}  # (tenant, client's id) -> its choices in flight
@@ -65,6 +69,12 @@ class Router:
         return tuple(self._by_client_id.get((tenant, client_request_id), ()))
 
     def on(self, event: Event, now: float) -> list[Effect]:
+        effects = self._on(event, now)
+        while (ready := self._queues.take_next(now)) is not None:
+            effects += self._start_attempt(*ready, now)
+        return effects
+
+    def _on(self, event: Event, now: float) -> list[Effect]:
         match event:
             case Arrived():
                 return self._arrived(event, now)
@@ -81,6 +91,7 @@ class Router:
             case Reported():
                 return self._reported(event, now)
             case Tick():
+                self._rebalance(list(self.view.workers), now)
                 return self._expire_waiting(now)
         assert_never(event)
 
@@ -100,19 +111,23 @@ class Router:
         log = CommitLog(self._config.max_pending_tokens, given)
         arrived_at = now if event.arrived_at is None else event.arrived_at
         template = replace(request, token_ids=prompt)
-        in_flight = InFlight(template, event.links, log, arrived_at, event.beside, waiting_since=now)
+        in_flight = InFlight(template, event.links, log, arrived_at, event.beside, ready_since=now, waiting_since=now)
         plan = self._plan(in_flight)
         if plan and not event.beside:
-            refused = self._planner.refusal(
-                plan, event.links, in_flight.num_tokens, request.priority, request.deadline_s
-            )
+            refused = self.planner.refusal(plan, request.priority, request.deadline_s)
             if refused:
                 return [
                     self._refuse(event, refused.reason, "RESOURCE_EXHAUSTED", refused.message, refused.retry_after_s)
                 ]
         self._in_flight[request.request_id] = in_flight
         self._by_client_id.setdefault(client_key, []).append(request.request_id)
-        return self._start_attempt(in_flight, plan, now) if plan else []
+        self.view.observe(event.links)
+        if plan is None:
+            return []
+        effects = self._send_or_queue(in_flight, plan, now)
+        if plan.ttft_s > self._config.ttft_slo_s:
+            self._rebalance((plan.prefill.worker_id, *plan.home_worker_ids), now)
+        return effects
 
     def _refuse(
         self, event: Arrived, reason: RefusedFor, code: str, message: str, retry_after_s: float | None = None
@@ -137,20 +152,32 @@ class Router:
 
     def _plan(self, in_flight: InFlight) -> Plan | None:
         beside = () if in_flight.num_attempts else in_flight.beside
-        return self._planner.plan(in_flight.links, in_flight.num_tokens, in_flight.num_remaining_tokens, beside)
+        return self.planner.plan(in_flight.links, in_flight.num_tokens, in_flight.num_remaining_tokens, beside)
 
     def _dispatch(self, in_flight: InFlight, now: float) -> list[Effect]:
-        """Start an attempt where a worker is up; else the request goes on waiting."""
+        """Place it where a worker is up; else the request goes on waiting for one to join."""
         plan = self._plan(in_flight)
-        return [] if plan is None else self._start_attempt(in_flight, plan, now)
+        return [] if plan is None else self._send_or_queue(in_flight, plan, now)
+
+    def _send_or_queue(self, in_flight: InFlight, plan: Plan, now: float) -> list[Effect]:
+        if plan.prefill.has_credit and len(plan.prefill.queue) == 0:
+            return self._start_attempt(in_flight, plan, now)
+        self._queues.put(in_flight, plan)
+        return []
+
+    def _rebalance(self, worker_ids: Iterable[str], now: float) -> None:
+        if self._config.rebalances:
+            for worker_id in dict.fromkeys(worker_ids):
+                self.statistics.num_rebalanced += self._queues.rebalance(self.view.workers[worker_id], now)
 
     def _start_attempt(self, in_flight: InFlight, plan: Plan, now: float) -> list[Effect]:
-        assert in_flight.attempt is None
+        assert in_flight.attempt is None and in_flight.queued is None
         in_flight.num_attempts += 1
         attempt = Attempt(in_flight.num_attempts, len(in_flight.log), plan, self._make_transfer_id())
+        attempt.queued_s = now - in_flight.ready_since
         in_flight.attempt = attempt
         request_id = in_flight.request_id
-        plan.prefill.pending_tokens[request_id] = in_flight.num_tokens - plan.num_predicted_cached_tokens
+        plan.prefill.charge(request_id, plan.num_prefill_tokens, plan.prefill_s)
         plan.prefill.prefixes.note(in_flight.links)
         submit = replace(in_flight.submit(attempt, now), handoff_to=attempt.handoff_to())
         # The decode worker first: it should know of the transfer when the prefill worker offers it.
@@ -181,7 +208,8 @@ class Router:
     def _fail_over(self, in_flight: InFlight, reason: str, now: float) -> list[Effect]:
         """This attempt is lost: resume behind the last committed token, on whatever workers are up."""
         effects = self._end_attempt(in_flight)
-        in_flight.attempt, in_flight.last_failure, in_flight.waiting_since = None, reason, now
+        in_flight.attempt, in_flight.last_failure = None, reason
+        in_flight.ready_since = in_flight.waiting_since = now
         in_flight.log.start_over()
         if in_flight.num_remaining_tokens == 0:
             return effects + self._finish(in_flight, FinishReason.LENGTH, (), now)
@@ -221,6 +249,7 @@ class Router:
         return [Fail(in_flight.request_id, code, message, retry_after_s), *self._end_attempt(in_flight)]
 
     def _forget(self, in_flight: InFlight) -> None:
+        self._queues.leave(in_flight)
         request = in_flight.template
         del self._in_flight[request.request_id]
         client_key = (request.tenant, request.client_request_id)
@@ -239,7 +268,7 @@ class Router:
             down = WorkerDown(ref.worker_id, known.ref.incarnation, "a new incarnation took its place")
             effects += self._worker_down(down, now)
         self.view.add(ref)
-        for in_flight in [r for r in self._in_flight.values() if r.attempt is None]:
+        for in_flight in [r for r in self._in_flight.values() if r.waits_for_a_worker]:
             effects += self._dispatch(in_flight, now)
         return effects
 
@@ -253,6 +282,10 @@ class Router:
             attempt = in_flight.attempt
             if attempt is not None and attempt.needs(view, len(in_flight.log)):
                 effects += self._fail_over(in_flight, f"worker {event.worker_id} was lost: {event.reason}", now)
+            elif in_flight.queued is not None and in_flight.queued.prefill is view:
+                self._queues.leave(in_flight)
+                in_flight.waiting_since = now
+                effects += self._dispatch(in_flight, now)
         return effects
 
     def _reported(self, event: Reported, now: float) -> list[Effect]:
@@ -291,7 +324,7 @@ class Router:
         if output.account is not None:
             attempt.accounts[view.worker_id] = output.account
         attempt.reported.add(view.worker_id)
-        view.pending_tokens.pop(in_flight.request_id, None)
+        view.note_prefilled(in_flight.request_id)
         return self._commit(in_flight, view, output, now)
 
     def _commit(self, in_flight: InFlight, view: WorkerView, output: TokenOutput, now: float) -> list[Effect]:
@@ -328,7 +361,7 @@ class Router:
     def _retarget(self, in_flight: InFlight, attempt: Attempt, reason: str, now: float) -> list[Effect]:
         """To another decode worker; where every one has refused, the prefill worker decodes."""
         prefill = attempt.plan.prefill
-        chosen = self._planner.choose_decode(prefill, in_flight.links, in_flight.num_tokens, attempt.refused)
+        chosen = self.planner.choose_decode(prefill, in_flight.links, in_flight.num_tokens, attempt.refused)
         decode, decode_reason = chosen or (None, "no other decode worker is left")
         attempt.plan = replace(attempt.plan, decode=decode, decode_reason=f"{decode_reason}; {reason}")
         attempt.transfer_id = self._make_transfer_id()
@@ -342,7 +375,7 @@ class Router:
         effects: list[Effect] = []
         for in_flight in list(self._in_flight.values()):
             waited_s = now - in_flight.waiting_since
-            if in_flight.attempt is None and waited_s >= self._config.max_wait_s:
+            if in_flight.waits_for_a_worker and waited_s >= self._config.max_wait_s:
                 message = f"no worker is up; waited {waited_s:.1f} s for one" + (
                     f" after: {in_flight.last_failure}" if in_flight.last_failure else ""
                 )

@@ -14,12 +14,12 @@ from dataclasses import dataclass
 class TenantConfig:
     """None: no limit."""
 
-    name: str
+    name: str  # in logs and errors
     token_sha256: str  # hex: tokens are 256 random bits, so a plain hash keeps them
     is_operator: bool = False  # may read the cluster's state and metrics
     max_priority: int = 0  # higher ones go ahead of others' requests
-    max_concurrent_requests: int | None = None
-    max_requests_per_minute: float | None = None
+    max_concurrent_requests: int | None = None  # several prompts of one HTTP call are several requests
+    max_requests_per_minute: float | None = None  # a minute's worth may come at once
     max_tokens_per_minute: float | None = None  # prompt and output
 
     def __post_init__(self) -> None:

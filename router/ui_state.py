@@ -96,6 +96,7 @@ def _load(live: WorkerView) -> Json:
     return {
         "num_running": stats.num_running,
         "num_waiting": stats.num_waiting,
+        "num_queued": len(live.queue),
         "num_placed": live.num_requests,
         "num_pending_tokens": live.num_pending_tokens,
         "prefill_s_per_token": stats.prefill_s_per_token,

@@ -74,6 +74,7 @@ class ClusterCollector(Collector):
             for view in views:
                 counter.add_metric(_labels(view), read(view.stats))
             yield counter
+        yield _queued(views)
         yield _blocks(views)
         yield _failures(views)
 
@@ -84,6 +85,8 @@ class ClusterCollector(Collector):
         yield GaugeMetricFamily("twinring_ttft_slo_seconds", "The setting ttft_slo_s.", self._config.ttft_slo_s)
         yield GaugeMetricFamily("twinring_tpot_slo_seconds", "The setting tpot_slo_s.", self._config.tpot_slo_s)
         yield CounterMetricFamily("twinring_failovers", "Attempts after the first.", statistics.num_failovers)
+        text = "Queued requests moved to another worker."
+        yield CounterMetricFamily("twinring_rebalanced", text, statistics.num_rebalanced)
         text = "Reports for an attempt, a worker's life or a request that is over."
         yield CounterMetricFamily("twinring_stale_reports", text, statistics.num_stale_reports)
 
@@ -104,6 +107,14 @@ class ClusterCollector(Collector):
         for worker in known:
             up.add_metric((worker.ref.worker_id, worker.ref.role.value), worker.is_up)
         yield up
+
+
+def _queued(views: list[WorkerView]) -> Metric:
+    text = "Requests placed on the worker that the router still keeps."
+    queued = GaugeMetricFamily("twinring_worker_queued_requests", text, labels=BY_WORKER)
+    for view in views:
+        queued.add_metric(_labels(view), len(view.queue))
+    return queued
 
 
 def _blocks(views: list[WorkerView]) -> Metric:

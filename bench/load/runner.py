@@ -20,8 +20,9 @@ from bench.load.outcome import Outcome
 from bench.load.plan import Plan, Target
 from bench.load.probe import Manner, find_manner
 from bench.load.report import LevelReport, level_report
-from bench.load.trace import parse_trace, replayed
+from bench.load.trace import replayed
 from bench.load.wording import random_prompt, traced_prompt
+from simulator.traces import read_trace
 
 LAG_PERIOD_S = 0.01
 PAUSE_AFTER_FAILURE_S = 0.1  # of a closed loop's client: a dead server must not be hammered
@@ -106,8 +107,7 @@ def closed_level(plan: Plan, concurrency: int, manner: Manner) -> Level:
 
 
 def trace_level(plan: Plan, path: str, manner: Manner, notes: list[str]) -> Level:
-    with Path(path).open(encoding="utf-8", errors="replace") as lines:
-        trace = parse_trace(lines)
+    trace = read_trace(Path(path))
     notes += trace.notes()
     requests = replayed(
         trace,

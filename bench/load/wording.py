@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
     from random import Random
 
-    from bench.load.trace import TracedRequest
+    from simulator.requests import SimRequest
 
 TEXT = (  # common words of English
     "the of and to in is you that it he was for on are as with his they at be this have from or one had by but not "
@@ -79,7 +79,7 @@ def random_prompt(
     return lexicon.join([*shared, *own])
 
 
-def traced_prompt(lexicon: Lexicon, rng_of: RngOf, seed: int, request: TracedRequest) -> Prompt:
+def traced_prompt(lexicon: Lexicon, rng_of: RngOf, seed: int, request: SimRequest) -> Prompt:
     """Equal where the hash ids are equal: each block is drawn by its own id alone."""
     num_left = max(1, request.num_prompt_tokens - lexicon.num_extra_tokens)
     units: list[Unit] = []

@@ -24,12 +24,13 @@ class AnswerOptions:
 
 
 class HttpAnswer:
-    """Invariant: the status has been sent exactly if `has_started`; nothing follows the last byte.
+    """Invariant: the status has been sent exactly if `has_started`, the last byte exactly if `_has_ended`.
 
     Parts of several prompts come through it: `for_prompt` is the wire of one of them."""
 
     def __init__(self, send: Send, envelope: Envelope, shape: Shape, options: AnswerOptions) -> None:
         self.has_started = False
+        self._has_ended = False
         self._send = send
         self._envelope = envelope
         self._shape = shape
@@ -69,7 +70,10 @@ class HttpAnswer:
         await self._bytes(b"data: [DONE]\n\n", more=False)
 
     async def fail(self, error: ApiError) -> None:
-        """Behind a stream that has begun, the error is its last event, and no [DONE] follows."""
+        """Behind a stream that has begun, the error is its last event, and no [DONE] follows. Of several prompts that
+        fail, the first one says so."""
+        if self._has_ended:
+            return
         if self.has_started:
             await self._bytes(_event(error.body), more=False)
         else:
@@ -93,6 +97,7 @@ class HttpAnswer:
         await self._send({"type": "http.response.start", "status": status, "headers": encoded})
 
     async def _bytes(self, content: bytes, more: bool) -> None:
+        self._has_ended = not more
         await self._send({"type": "http.response.body", "body": content, "more_body": more})
 
 

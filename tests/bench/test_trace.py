@@ -1,4 +1,4 @@
-"""Traces in Mooncake's format: what is taken, what is left out and why, and how they are replayed."""
+"""How a trace is replayed: speed, scale, ends, and prompts that share what the trace says."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bench.load.trace import BadLine, Trace, parse_trace, replayed
+from bench.load.trace import replayed
 from bench.load.wording import Lexicon, traced_prompt
+from simulator.traces import Trace, parse_trace
 
 LEXICON = Lexicon(tuple(range(1000)))
 
@@ -24,52 +25,6 @@ def line(at_ms: object = 0, num_input: object = 600, num_output: object = 7, has
 def as_sent(trace: Trace, **changes: Any) -> tuple[Any, ...]:
     settings: dict[str, Any] = {"speed": 1.0, "scale": 1.0, "duration_s": None, "num_requests": None}
     return replayed(trace, **{**settings, **changes})
-
-
-def test_lines_come_in_order_of_time_from_zero() -> None:
-    trace = parse_trace([line(3000, 512, 9, [4]), "\n", line(1000)])
-    assert [(request.at_s, request.num_prompt_tokens, request.num_output_tokens) for request in trace.requests] == [
-        (0.0, 600, 7),
-        (2.0, 512, 9),
-    ]
-    assert trace.requests[0].hash_ids == (1, 2)
-    assert trace.notes() == []
-
-
-@pytest.mark.parametrize(
-    ("bad", "reason"),
-    [
-        (line()[:40], "not JSON"),
-        ("[1, 2]", "not an object"),
-        (line(at_ms=None), "timestamp is None"),
-        (line(at_ms=-1), "timestamp is -1"),
-        (line(num_input="600"), "input_length is '600'"),
-        (line(num_output=True), "output_length is True"),
-        (line(num_output=0), "must be positive"),
-        (line(num_input=0, hash_ids=[]), "must be positive"),
-        (line(hash_ids=[1]), "1 hash_ids for input_length 600"),
-        (line(hash_ids=["a", "b"]), "hash_ids is not a list of integers"),
-        (line(hash_ids=None), "hash_ids is not a list of integers"),
-    ],
-)
-def test_bad_lines_are_left_out_with_number_and_reason(bad: str, reason: str) -> None:
-    trace = parse_trace([line(), bad, line()])
-    assert len(trace.requests) == 2
-    (bad_line,) = trace.bad_lines
-    assert bad_line.number == 2 and reason in bad_line.reason
-    assert "1 lines of the trace left out (line 2: " in trace.notes()[0]
-
-
-def test_many_bad_lines_are_counted() -> None:
-    trace = parse_trace([line(), *["{"] * 9])
-    assert trace.notes()[0].startswith("9 lines") and trace.notes()[0].count("line ") == 3
-    assert trace.bad_lines[-1] == BadLine(10, trace.bad_lines[0].reason)
-
-
-@pytest.mark.parametrize("lines", [[], ["\n"], ["{"]])
-def test_a_trace_without_requests_is_refused(lines: list[str]) -> None:
-    with pytest.raises(ValueError, match="no request in the trace"):
-        parse_trace(lines)
 
 
 def test_speed_scale_and_ends() -> None:

@@ -17,6 +17,8 @@ from click.testing import Result
 from typer.testing import CliRunner
 
 from cluster.cli import app
+from cluster.config import load_config
+from router.tenants import Tenants
 from tests.cluster.server import LISTEN, PATIENT, Server, eventually, serving
 from tests.tiny_models import save_tiny_model
 
@@ -167,5 +169,28 @@ def test_an_unusable_checkpoint_is_refused_with_its_reason(tmp_path: Path, damag
 )
 def test_a_wrong_setting_is_named(arguments: tuple[str, ...], words: str) -> None:
     answer = refused("serve", *LISTEN, *arguments)
+    assert answer.exit_code == 1
+    assert words in answer.stderr
+
+
+def test_a_new_token_and_the_entry_that_lets_it_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TWINRING_TOKENS", raising=False)
+    path = tmp_path / "tenants.yaml"
+    answers = [CliRunner().invoke(app, ["token", name, *more]) for name, *more in (("ann",), ("ops", "--operator"))]
+    entries = [answer.stderr.splitlines()[-1] for answer in answers]
+    path.write_text("\n".join(["tenants:", *entries]))
+    tenants = Tenants(load_config(None, {"tenants_file": str(path)}).router.tenants)
+    tokens = [answer.stdout.removesuffix("\n") for answer in answers]
+    found = [tenants.identify(f"Bearer {token}") for token in tokens]
+    assert [(tenant.name, tenant.is_operator) for tenant in found] == [("ann", False), ("ops", True)]
+    assert all(len(token) > 40 and token not in answer.stderr for token, answer in zip(tokens, answers, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [(("--token", "to\nken"), "--token: the token has a line end"), (("--ca", "/no/ca.pem"), "--ca /no/ca.pem")],
+)
+def test_an_unfit_access_is_refused(arguments: tuple[str, ...], words: str) -> None:
+    answer = refused("status", "--address", "127.0.0.1:1", *arguments)
     assert answer.exit_code == 1
     assert words in answer.stderr

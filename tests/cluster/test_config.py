@@ -8,6 +8,7 @@ import pytest
 
 from cluster.config import DEMO_MODEL, load_config
 from cluster.supervisor import worker_slots
+from cluster.tenants import FILE_VARIABLE, TOKENS_VARIABLE, hash_of
 from protos.types import Role
 
 
@@ -48,6 +49,12 @@ def test_ray_address_comes_from_the_environment_unless_given(monkeypatch: pytest
         ("drain_timeout_s: -1", "drain_timeout_s must not be negative, not -1"),
         ("ray: {join_as_node: true}", "join_as_node needs ray.address as host:port of the cluster, not None"),
         ("ray: {join_as_node: true, address: auto}", "join_as_node needs ray.address .* not auto"),
+        ("router: {listen: '0.0.0.0:1'}", "listen 0.0.0.0:1 can be reached from other machines: set tenants_file"),
+        ("router: {http_listen: ':8000'}", "http_listen :8000 can be reached from other machines"),
+        ("router: {http_listen: 'myself:8000'}", "http_listen myself:8000 can be reached"),
+        ("router: {tls_key: key.pem}", "tls_cert and tls_key go together: tls_cert is not set"),
+        ("router: {tenants: []}", "router.tenants cannot be set here: tenants_file names the file"),
+        ("engine: 5", "engine must be a mapping, got 5"),
         ("- a list", "expected a mapping"),
         ("a: [", "config"),
     ],
@@ -74,3 +81,114 @@ def test_one_worker_may_have_a_fixed_port_anywhere() -> None:
     alone = {"num_prefill": 1, "num_decode": 0, "router.mode": "colocated", "worker_port": 50052}
     assert load_config(None, alone).worker_port == 50052
     assert load_config(None, {"worker_port": 50052, "ray.address": "10.0.0.1:6379"}).worker_port == 50052
+
+
+# --- tenants ------------------------------------------------------------------------------------------------------
+
+SECRET = "a-plain-token-of-ann"
+HASH = hash_of(SECRET)
+ENTRY = f"{{name: ann, token_sha256: {HASH}}}"
+
+
+@pytest.fixture
+def tenants_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.delenv(FILE_VARIABLE, raising=False)
+    monkeypatch.delenv(TOKENS_VARIABLE, raising=False)
+    return tmp_path / "tenants.yaml"
+
+
+def test_tenants_come_from_a_file(tenants_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tenants_file.write_text(
+        f"tenants:\n- {{name: ann, token_sha256: {HASH}, is_operator: true}}\n"
+        f"- {{name: bob, token_sha256: {'b' * 64}, max_priority: 2, max_concurrent_requests: 3,\n"
+        "   max_requests_per_minute: 0.5, max_tokens_per_minute: 1000}\n"
+    )
+    config = load_config(None, {"tenants_file": str(tenants_file), "router.listen": "0.0.0.0:50051"})
+    ann, bob = config.router.tenants
+    assert (ann.name, ann.token_sha256, ann.is_operator, ann.max_tokens_per_minute) == ("ann", HASH, True, None)
+    assert (bob.is_operator, bob.max_priority, bob.max_concurrent_requests) == (False, 2, 3)
+    assert (bob.max_requests_per_minute, bob.max_tokens_per_minute) == (0.5, 1000)
+    monkeypatch.setenv(FILE_VARIABLE, str(tenants_file))
+    assert load_config().router.tenants == (ann, bob)
+
+
+def test_tenants_come_from_tokens(tenants_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert load_config().router.tenants == ()
+    monkeypatch.setenv(TOKENS_VARIABLE, f"ann={SECRET}, bob = another=token-0123456789")
+    ann, bob = load_config().router.tenants
+    assert (ann.name, ann.token_sha256, ann.is_operator) == ("ann", HASH, True)
+    assert (bob.name, bob.token_sha256, bob.is_operator) == ("bob", hash_of("another=token-0123456789"), False)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (None, "No such file or directory"),
+        ("", "expected a list of at least one tenant"),
+        ("tenants:", "expected a list of at least one tenant"),
+        ("tenants: []", "expected a list of at least one tenant"),
+        ("tenants: [ann]", "expected a list of at least one tenant"),
+        (f"tenants: {ENTRY}", "expected a list of at least one tenant"),
+        (f"[{ENTRY}]", "expected a list of at least one tenant"),
+        (f"tenants: [{ENTRY}]\nusers: []", "expected a list of at least one tenant"),
+        (f"tenants:\n - name: ann\n  token: {SECRET}", "not YAML, at line 3"),
+        (f"tenants: [{ENTRY}, {{name: bob, token: {SECRET}}}]", "tenant 2: unknown field token; known: name, token_"),
+        (f"tenants: [{{name: ann, token_sha256: {HASH}, max_request_per_minute: 3}}]", "unknown field max_request_per"),
+        (f"tenants: [{{name: ann, token_sha256: {SECRET}}}]", "tenant 1: token_sha256 of tenant ann must be 64"),
+        ("tenants: [{name: ann}]", "tenant 1: token_sha256 Field required"),
+        (f"tenants: [{{token_sha256: {HASH}}}]", "tenant 1: name Field required"),
+        (f"tenants: [{{name: '', token_sha256: {HASH}}}]", "a tenant's name must not be empty"),
+        (f"tenants: [{{name: ann, token_sha256: {HASH}, is_operator: {SECRET}}}]", "tenant 1: is_operator Input"),
+        (f"tenants: [{{name: ann, token_sha256: {HASH}, max_concurrent_requests: 0}}]", "must be above 0"),
+        (f"tenants: [{ENTRY}, {{name: ann, token_sha256: {'b' * 64}}}]", "two tenants have the name of ann"),
+        (f"tenants: [{ENTRY}, {{name: bob, token_sha256: {HASH}}}]", "two tenants have the token of ann"),
+    ],
+)
+def test_an_unfit_tenants_file_is_refused_and_not_quoted(tenants_file: Path, text: str | None, words: str) -> None:
+    if text is not None:
+        tenants_file.write_text(text)
+    with pytest.raises(ValueError, match=words) as caught:
+        load_config(None, {"tenants_file": str(tenants_file)})
+    assert SECRET not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "tokens", ["", "ann", f"={SECRET}", "ann=short", f"ann={SECRET},", f"ann={SECRET},b=\u00f6" * 9]
+)
+def test_unfit_tokens_are_refused_and_not_quoted(
+    tenants_file: Path, monkeypatch: pytest.MonkeyPatch, tokens: str
+) -> None:
+    monkeypatch.setenv(TOKENS_VARIABLE, tokens)
+    with pytest.raises(ValueError, match=r"TWINRING_TOKENS: entry \d is not name=token") as caught:
+        load_config()
+    assert SECRET not in str(caught.value)
+
+
+def test_repeated_tokens_are_refused(tenants_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(TOKENS_VARIABLE, f"ann={SECRET},bob={SECRET}")
+    with pytest.raises(ValueError, match="two tenants have the token of ann"):
+        load_config()
+
+
+@pytest.mark.parametrize("from_variable", [True, False])
+def test_two_sources_of_tenants_are_refused(
+    tenants_file: Path, monkeypatch: pytest.MonkeyPatch, from_variable: bool
+) -> None:
+    tenants_file.write_text(f"tenants: [{ENTRY}]")
+    monkeypatch.setenv(TOKENS_VARIABLE, f"ann={SECRET}")
+    if from_variable:
+        monkeypatch.setenv(FILE_VARIABLE, str(tenants_file))
+    with pytest.raises(ValueError, match="from tenants_file or from TWINRING_TOKENS, not from both"):
+        load_config(None, {} if from_variable else {"tenants_file": str(tenants_file)})
+
+
+def test_an_empty_name_of_a_file_is_no_open_server(tenants_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(FILE_VARIABLE, "")
+    with pytest.raises(ValueError, match="tenants_file ''"):
+        load_config()
+
+
+def test_an_empty_section_is_none(tmp_path: Path) -> None:
+    path = tmp_path / "twinring.yaml"
+    path.write_text("router:\nengine:\n")
+    assert load_config(str(path)) == load_config()

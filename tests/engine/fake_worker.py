@@ -8,10 +8,11 @@ from __future__ import annotations
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import count
 from typing import Any
 from zlib import crc32
 
-from engine.config import SchedulerConfig
+from engine.config import PullConfig, SchedulerConfig
 from engine.events import (
     AbortTransfer,
     CommitTransfer,
@@ -19,11 +20,13 @@ from engine.events import (
     Event,
     GrantTransfer,
     OpenTransfer,
+    RefusePull,
     RefuseTransfer,
+    RequestPull,
     SendBlocks,
     Submitted,
 )
-from engine.scheduler_output import SchedulerOutput, StepResult
+from engine.scheduler_output import ScheduledRequest, SchedulerOutput, StepResult
 from engine.worker_core import WorkerCore
 from protos.types import (
     GenerateRequest,
@@ -41,7 +44,7 @@ T, T2 = b"transfer-one", b"transfer-two"
 PROMPT = list(range(10))  # two full blocks and a tail
 
 
-def config(**changes: int | bool) -> SchedulerConfig:
+def config(**changes: int | bool | PullConfig) -> SchedulerConfig:
     values: dict[str, Any] = {
         "max_model_len": 64,
         "max_num_batched_tokens": 16,
@@ -65,6 +68,7 @@ def generate(
     to: bytes | None = None,
     source: bytes | None = None,
     salt: bytes = b"",
+    homes: Sequence[str] = (),
 ) -> GenerateRequest:
     return GenerateRequest(
         request_id=request_id,
@@ -77,6 +81,7 @@ def generate(
         priority=priority,
         handoff_to=None if to is None else Handoff(to, PEER),
         handoff_from=None if source is None else Handoff(source, PEER),
+        home_worker_ids=tuple(homes),
     )
 
 
@@ -101,14 +106,19 @@ TOKEN = next_token(PROMPT)
 class FakeWorker:
     """Runs steps of a core and keeps what it said."""
 
-    def __init__(self, num_blocks: int = 8, **changes: int | bool) -> None:
+    def __init__(self, num_blocks: int = 8, worker_id: str = "w", **changes: int | bool | PullConfig) -> None:
         self.config = config(**changes)
-        self.core = WorkerCore(self.config, num_blocks, KEY, "model")
+        self.ref = PeerRef(worker_id, "1", "host:1", Role.PREFILL)
+        pull_ids = count(1)
+        self.core = WorkerCore(
+            self.config, num_blocks, KEY, "model", worker_id, lambda: f"{worker_id} pulls {next(pull_ids)}".encode()
+        )
         self.kv: list[list[int | None]] = [[None] * self.config.block_size for _ in range(num_blocks)]
         self.now = 0.0
         self.output: SchedulerOutput | None = None  # of the step under way
         self.effects: list[Effect] = []  # all so far
         self.outputs: list[SchedulerOutput] = []
+        self.num_computed: dict[str, int] = {}  # tokens of each request, all of its lives here
 
     def on(self, event: Event) -> list[Effect]:
         return self._note(self.core.on(event, self.now))
@@ -151,6 +161,7 @@ class FakeWorker:
         assert output.num_batched_tokens <= self.config.max_num_batched_tokens
         for each in output.scheduled:
             assert each.num_scheduled_tokens > 0
+            self.num_computed[each.request_id] = self.num_computed.get(each.request_id, 0) + each.num_scheduled_tokens
             end = each.num_computed_tokens + each.num_scheduled_tokens
             tokens = list(each.token_ids)
             digests = [digest(tokens[: position + 1]) for position in range(end)]
@@ -194,6 +205,14 @@ class FakeWorker:
         return effects
 
 
+def measured(worker: FakeWorker, s_per_token: float = 1.0) -> FakeWorker:
+    """It has seen a step that says what prefill costs."""
+    sampling = generate("x", [0]).sampling_params
+    chunk = ScheduledRequest("x", array("i", range(16)), 16, 0, 16, [], sampling, samples=False)
+    worker.core.note_step(SchedulerOutput(1, (chunk,), 16, ()), 16 * s_per_token)
+    return worker
+
+
 def held_and_leased(worker: FakeWorker) -> tuple[int, int]:
     ledger = worker.core.ledger()
     assert ledger.balanced
@@ -210,6 +229,9 @@ class FakeTransfer:
 
     source: FakeWorker
     destination: FakeWorker
+    asked: RequestPull | None = None
+    asked_source: bool = False
+    pull_refusal: str | None = None
     opened: OpenTransfer | None = None
     offered: bool = False
     grant: GrantTransfer | None = None
@@ -230,7 +252,8 @@ class FakeTransfer:
 class FakeNetwork:
     """Notes the transfer effects of its workers, in whatever order they come."""
 
-    def __init__(self) -> None:
+    def __init__(self, workers: Sequence[FakeWorker] = ()) -> None:
+        self.workers = {worker.ref.worker_id: worker for worker in workers}
         self.transfers: dict[bytes, FakeTransfer] = {}
         self.refusals: list[HandoffRefused] = []
 
@@ -260,3 +283,9 @@ class FakeNetwork:
                         transfer.destination_aborted = True
                 case HandoffRefused():
                     self.refusals.append(effect)
+                case RequestPull(pull_id, source_worker_id):
+                    assert pull_id not in self.transfers
+                    self.transfers[pull_id] = FakeTransfer(self.workers[source_worker_id], worker, asked=effect)
+                case RefusePull(pull_id, destination, reason):
+                    assert destination == self.transfers[pull_id].destination.ref
+                    self.transfers[pull_id].pull_refusal = reason

@@ -172,6 +172,7 @@ def test_refused_then_retargeted_in_mid_prefill() -> None:
     opened, sent = worker.on(Retarget("r", 1, Handoff(T2, PEER)))
     assert isinstance(opened, OpenTransfer) and opened.handoff.transfer_id == T2
     assert isinstance(sent, SendBlocks) and (sent.first_block, len(sent.block_ids)) == (0, 2)
+    assert worker.on(Retarget("r", 1, Handoff(T, PEER))) == []  # late: a transfer id is used once
     assert kinds(worker.step()) == ["TokenOutput", "SendBlocks", "CommitTransfer"]
     assert held_and_leased(worker) == (0, 3)
 

@@ -1,35 +1,48 @@
-"""Three workers that hand requests to each other over a network that loses, delays and repeats, with aborts at any
-time: every ledger balances after every event, every token is the right one, and in the end no block is in use."""
+"""Three workers that hand requests to each other and pull prefixes from each other over a network that loses, delays
+and repeats, with aborts at any time: every ledger balances after every event, every token is the right one, every
+request that was not aborted ends, and in the end no block is in use."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
+from engine.config import PullConfig
 from engine.events import (
     Event,
+    PullRefused,
+    PullRequested,
     TransferArrived,
     TransferClosed,
     TransferLost,
     TransferOffered,
     TransferRefused,
 )
-from protos.types import Abort, Handoff, Retarget
-from tests.engine.fake_worker import PEER, FakeNetwork, FakeTransfer, FakeWorker, expected_output, generate
+from protos.types import Abort, Handoff, Retarget, ServingMode
+from tests.engine.fake_worker import PEER, FakeNetwork, FakeTransfer, FakeWorker, expected_output, generate, measured
 
 NUM_WORKERS = 3
 MAX_TOKENS = 6
 WORKERS = st.integers(0, NUM_WORKERS - 1)
+NUM_SHARED = st.sampled_from([0, 3, 8, 13, 16])  # tokens
+HOMES = st.permutations([f"w{place}" for place in range(NUM_WORKERS)])
+PULLS = PullConfig(s_per_token=0.5, deadline_s=60.0, max_served=2)
 
 
 class HandoffMachine(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
-        self.workers = [FakeWorker(num_blocks=9, max_num_seqs=3) for _ in range(NUM_WORKERS)]
-        self.network = FakeNetwork()
+        self.workers = [
+            measured(FakeWorker(num_blocks=10, worker_id=f"w{place}", max_num_seqs=3, pulls=PULLS))
+            for place in range(NUM_WORKERS)
+        ]
+        self.network = FakeNetwork(self.workers)
         self.prompts: dict[str, list[int]] = {}
         self.sources: dict[str, FakeWorker] = {}
+        self.local: dict[str, FakeWorker] = {}  # who was to run it alone, unless it was aborted
         self.delivered: list[tuple[FakeWorker, Event]] = []
 
     def deliver(self, worker: FakeWorker, event: Event) -> None:
@@ -37,29 +50,37 @@ class HandoffMachine(RuleBasedStateMachine):
         self.network.note(worker, worker.on(event))
 
     def draw_transfer(self, data: st.DataObject) -> tuple[bytes, FakeTransfer] | None:
-        if not self.network.transfers:
-            return None
-        return data.draw(st.sampled_from(list(self.network.transfers.items())))
+        under_way = [item for item in self.network.transfers.items() if not (item[1].closed and item[1].ended)]
+        return data.draw(st.sampled_from(under_way)) if under_way else None
 
     # --- the router's doing ---------------------------------------------------------------------------------------
 
-    @rule(worker=WORKERS, num_shared=st.integers(0, 16), num_own=st.integers(1, 6), priority=st.integers(0, 1))
-    def submit_local(self, worker: int, num_shared: int, num_own: int, priority: int) -> None:
+    @rule(
+        worker=WORKERS,
+        num_shared=NUM_SHARED,
+        num_own=st.integers(1, 6),
+        priority=st.integers(0, 1),
+        homes=HOMES,
+    )
+    def submit_local(self, worker: int, num_shared: int, num_own: int, priority: int, homes: list[str]) -> None:
         name = self.new_prompt(num_shared, num_own)
-        self.submit(worker, name, priority, None, None)
+        self.local[name] = self.workers[worker]
+        self.submit(worker, name, priority, None, None, homes[:2])
 
-    @rule(source=WORKERS, away=st.integers(1, 2), num_shared=st.integers(0, 16), num_own=st.integers(1, 6))
-    def submit_handoff(self, source: int, away: int, num_shared: int, num_own: int) -> None:
+    @rule(source=WORKERS, away=st.integers(1, 2), num_shared=NUM_SHARED, num_own=st.integers(1, 6), homes=HOMES)
+    def submit_handoff(self, source: int, away: int, num_shared: int, num_own: int, homes: list[str]) -> None:
         name = self.new_prompt(num_shared, num_own)
         transfer_id = self.new_transfer(self.workers[source], self.workers[(source + away) % NUM_WORKERS])
         self.sources[name] = self.workers[source]
         self.submit((source + away) % NUM_WORKERS, name, 0, None, transfer_id)
-        self.submit(source, name, 0, transfer_id, None)
+        self.submit(source, name, 0, transfer_id, None, homes[:2])
 
     @rule(worker=WORKERS, data=st.data())
     def abort(self, worker: int, data: st.DataObject) -> None:
         if self.prompts:
             name = data.draw(st.sampled_from(sorted(self.prompts)))
+            if self.local.get(name) is self.workers[worker]:
+                del self.local[name]
             self.deliver(self.workers[worker], Abort(name, 1))
 
     @rule(data=st.data(), away=st.integers(0, 2))
@@ -108,7 +129,15 @@ class HandoffMachine(RuleBasedStateMachine):
 
     def advance(self, transfer_id: bytes, transfer: FakeTransfer) -> bool:
         """The next thing that a sound network does with a transfer; False where it can only wait."""
-        if transfer.opened is not None and not transfer.offered and not transfer.closed:
+        if transfer.asked is not None and not transfer.asked_source:
+            transfer.asked_source = True
+            asked, destination = transfer.asked, transfer.destination.ref
+            event = PullRequested(transfer_id, destination, asked.request_id, asked.attempt, asked.block_hashes)
+            self.network.note(transfer.source, transfer.source.on(event))
+        elif transfer.pull_refusal is not None and not transfer.closed:
+            transfer.closed = transfer.ended = True
+            self.deliver(transfer.destination, PullRefused(transfer_id, transfer.pull_refusal))
+        elif transfer.opened is not None and not transfer.offered and not transfer.closed:
             transfer.offered = True
             opened = transfer.opened
             self.deliver(
@@ -173,6 +202,13 @@ class HandoffMachine(RuleBasedStateMachine):
                 first = worker.first_index(name)
                 for index, token_id in enumerate(worker.tokens_of(name), start=first):
                     assert expected[index] == token_id
+        for name, worker in self.local.items():
+            assert worker.tokens_of(name) == expected_output(self.prompts[name], MAX_TOKENS)
+            account = worker.last_output(name).account
+            assert account is not None and account.mode is ServingMode.LOCAL
+            if account.num_preemptions == 0:
+                num_hits = account.num_cached_tokens + account.num_pulled_tokens
+                assert num_hits + worker.num_computed[name] == len(self.prompts[name]) + MAX_TOKENS - 1
 
     def move_anything(self) -> bool:
         for worker in self.workers:
@@ -204,8 +240,18 @@ class HandoffMachine(RuleBasedStateMachine):
         self.network.transfers[transfer_id] = FakeTransfer(source, destination)
         return transfer_id
 
-    def submit(self, worker: int, name: str, priority: int, to: bytes | None, source: bytes | None) -> None:
-        request = generate(name, self.prompts[name], max_tokens=MAX_TOKENS, priority=priority, to=to, source=source)
+    def submit(
+        self,
+        worker: int,
+        name: str,
+        priority: int,
+        to: bytes | None,
+        source: bytes | None,
+        homes: Sequence[str] = (),
+    ) -> None:
+        request = generate(
+            name, self.prompts[name], max_tokens=MAX_TOKENS, priority=priority, to=to, source=source, homes=homes
+        )
         each = self.workers[worker]
         self.network.note(each, each.submit(request))
 

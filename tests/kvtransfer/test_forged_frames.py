@@ -26,12 +26,11 @@ from kvtransfer.messages import (
     Ready,
     Refuse,
     Stamp,
-    TransferKind,
     decode,
     encode,
 )
 from protos import worker_pb2, worker_pb2_grpc
-from protos.types import PeerRef, Role
+from protos.types import PeerRef, Role, TransferKind
 from tests.kvtransfer.workers import CONFIG, LAYOUT, Worker, until
 
 ME = PeerRef("p0", "life-of-p0", "127.0.0.1:1", Role.PREFILL)

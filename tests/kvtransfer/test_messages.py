@@ -25,11 +25,10 @@ from kvtransfer.messages import (
     Refuse,
     Stamp,
     Terms,
-    TransferKind,
     decode,
     encode,
 )
-from protos.types import PROTOCOL_VERSION, PeerRef, Role
+from protos.types import PROTOCOL_VERSION, PeerRef, Role, TransferKind
 from tests.kvtransfer.workers import LAYOUT
 
 STAMP = Stamp(bytes(range(16)), 3, "life-of-source", "life-of-destination")

@@ -33,7 +33,6 @@ from kvtransfer.messages import (
     Ready,
     Refuse,
     Stamp,
-    TransferKind,
     TransferMessage,
 )
 from kvtransfer.source_transfer import (
@@ -52,7 +51,7 @@ from kvtransfer.source_transfer import (
     SourceTransfer,
 )
 from kvtransfer.transfer import AbortAsked, CancelWork, LinkLost, Received, Tell, Tick
-from protos.types import TransferFailure
+from protos.types import TransferFailure, TransferKind
 
 BLOCK_NBYTES = 10
 CONFIG = TransferConfig(chunk_nbytes=2 * BLOCK_NBYTES)

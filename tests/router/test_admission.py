@@ -13,15 +13,15 @@ IDLE = Candidate("decode-0", num_requests=9)
 
 
 def prefill(num_pending_tokens: int) -> Candidate:
-    return Candidate("prefill-0", num_pending_tokens=num_pending_tokens, prefill_s_per_token=0.001)
+    return Candidate("prefill-0", num_pending_tokens=num_pending_tokens)
 
 
 def test_taken_up_to_the_slo() -> None:
-    assert early_refusal(CONFIG, 1000, 0, None, prefill(1000), IDLE) is None
+    assert early_refusal(CONFIG, 2, 0, None, prefill(1000), IDLE) is None
 
 
 def test_refused_beyond_it_until_the_queue_has_drained() -> None:
-    refused = early_refusal(CONFIG, 1000, 0, None, prefill(1500), IDLE)
+    refused = early_refusal(CONFIG, 2.5, 0, None, prefill(1500), IDLE)
     assert refused is not None
     assert "2.50 s" in refused.message
     assert "1500 tokens are pending on prefill-0" in refused.message
@@ -29,27 +29,27 @@ def test_refused_beyond_it_until_the_queue_has_drained() -> None:
 
 
 def test_a_deadline_can_be_tighter_than_the_slo() -> None:
-    assert early_refusal(CONFIG, 1000, 0, 1.0, prefill(500), IDLE) is not None
-    assert early_refusal(CONFIG, 1000, 0, 9.0, prefill(1000), IDLE) is None
+    assert early_refusal(CONFIG, 1.5, 0, 1.0, prefill(500), IDLE) is not None
+    assert early_refusal(CONFIG, 2, 0, 9.0, prefill(1000), IDLE) is None
 
 
 def test_a_long_prompt_on_an_idle_worker_is_taken() -> None:
     """It misses the SLO wherever and whenever it runs: to refuse it would be to refuse it for good."""
-    assert early_refusal(CONFIG, 100_000, 0, None, prefill(0), IDLE) is None
+    assert early_refusal(CONFIG, 100, 0, None, prefill(0), IDLE) is None
 
 
 def test_priority_goes_ahead_of_the_queue() -> None:
-    assert early_refusal(CONFIG, 1000, 1, None, prefill(50_000), IDLE) is None
+    assert early_refusal(CONFIG, 51, 1, None, prefill(50_000), IDLE) is None
 
 
 def test_the_switch_turns_only_the_slo_off() -> None:
     config = RouterConfig(ttft_slo_s=2.0, max_requests_per_worker=10, refuses_early=False)
-    assert early_refusal(config, 1000, 0, None, prefill(50_000), IDLE) is None
-    assert early_refusal(config, 1000, 0, None, prefill(0), Candidate("decode-0", num_requests=10)) is not None
+    assert early_refusal(config, 51, 0, None, prefill(50_000), IDLE) is None
+    assert early_refusal(config, 1, 0, None, prefill(0), Candidate("decode-0", num_requests=10)) is not None
 
 
 @pytest.mark.parametrize("priority", [0, 1])
 def test_a_full_decode_worker_refuses(priority: int) -> None:
-    refused = early_refusal(CONFIG, 10, priority, None, prefill(0), Candidate("decode-0", num_requests=10))
+    refused = early_refusal(CONFIG, 0.01, priority, None, prefill(0), Candidate("decode-0", num_requests=10))
     assert refused is not None
     assert "decode-0 has 10 requests" in refused.message

@@ -23,7 +23,7 @@ WORKERS = ("p-0", "p-1", "p-2", "d-0", "d-1")
 
 def explained(router: Router, prompt: list[int], max_tokens: int = 8) -> Explanation:
     event = arrived("x", prompt, max_tokens)
-    return explain(CONFIG, router.view, event.links, len(prompt), max_tokens)
+    return explain(CONFIG, router.view, router.planner, event.links, len(prompt), max_tokens)
 
 
 def snapshot(router: Router) -> object:
@@ -94,7 +94,7 @@ def test_every_worker_is_a_candidate_with_its_estimates() -> None:
     by_id = {one.worker_id: one for one in (*route.prefill_candidates, *route.decode_candidates)}
     assert (by_id[warm].num_cached_tokens, by_id[warm].num_pending_tokens) == (8, 9)
     assert by_id["d-0"].num_free_blocks == 97  # 9 tokens, 3 blocks, placed
-    answer = explain_response(route, len(prompt), len(prompt))
+    answer = explain_response(route, len(prompt))
     estimates = {one.worker_id: one.ttft_estimate_s for one in answer.prefill_candidates}
     assert estimates.pop(warm) == (9 + 9 - 8) * 0.5
     assert list(estimates.values()) == [9 * 0.5]

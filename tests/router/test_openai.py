@@ -30,6 +30,13 @@ def events_of(body: str) -> list[str]:
     return [line.removeprefix("data: ") for line in lines]
 
 
+def listener_of(service: Any) -> Any:
+    """Accepted sockets have its options."""
+    (listening,) = service.server._http._server.servers
+    (listener,) = listening.sockets
+    return listener
+
+
 async def error_of(service: Any, path: str, body: object) -> tuple[int, dict[str, Any]]:
     answer = await post(service, path, body)
     error = answer.json()["error"]
@@ -342,9 +349,7 @@ async def test_not_ready_and_overloaded_say_when_to_come_back(launch: Any) -> No
 async def test_a_short_answer_waits_for_no_acknowledgement(launch: Any) -> None:
     """Accepted sockets have it from the listener. Without it each answer on a kept connection takes 40 ms more."""
     service = await launch("p-0", "d-0")
-    (listening,) = service.server._http._server.servers
-    (listener,) = listening.sockets
-    assert listener.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+    assert listener_of(service).getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
 
 
 # --- in mid-stream ------------------------------------------------------------------------------------------------
@@ -382,6 +387,7 @@ async def test_a_client_that_does_not_read_is_cut_off(launch: Any) -> None:
     for worker in service.workers.values():
         worker.num_blocks = 20000
     await asyncio.sleep(0.3)  # the next heartbeat tells of the blocks
+    listener_of(service).setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)  # or megabytes fit into the kernel
     body = json.dumps({"prompt": "abc", "max_tokens": 50000, "stream": True}).encode()
     with socket.create_connection(("127.0.0.1", service.server.http_port)) as connection:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)

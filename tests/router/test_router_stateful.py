@@ -3,10 +3,15 @@ every token once and in order, and nothing is left behind."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import partial
+from typing import get_args
+
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from protos.cost_model import CostModel
 from protos.types import FinishReason, GenerateRequest, Role
 from router.config import RouterConfig
 from router.events import (
@@ -23,18 +28,38 @@ from router.events import (
     WorkerDown,
     WorkerUp,
 )
+from router.policies.config import PolicyConfig, PolicyName
+from router.policy import by_pending
+from router.queue_order import QueueOrderName
 from router.router import Router
 from tests.router.model_workers import ModelWorker, expected_output
 from tests.router.values import BLOCK, Transfers, arrived, peer, reported, stats
 
 WORKERS = ("p-0", "p-1", "d-0", "d-1")
-CONFIG = RouterConfig(hash_block_size=BLOCK, block_size=BLOCK, max_attempts=6, num_virtual_nodes=8)
+CONFIG = RouterConfig(
+    hash_block_size=BLOCK, block_size=BLOCK, max_attempts=6, num_virtual_nodes=8, ttft_slo_s=0.3, refuses_early=False
+)
+SECOND_PER_TOKEN = CostModel(0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 0.0)
+BY_AFFINITY = PolicyConfig("dual_map", has_slo_switch=False)  # leaves the most to rebalancing
+configs = st.builds(
+    partial(replace, CONFIG),
+    dispatch_tokens=st.sampled_from((0, 1, 8)),
+    queue_order=st.sampled_from(get_args(QueueOrderName)),
+    max_queue_wait_s=st.sampled_from((0.05, 30.0)),
+    rebalances=st.sampled_from((True, True, False)),
+    adapts_key_depth=st.booleans(),
+    cost=st.sampled_from((None, SECOND_PER_TOKEN)),
+    ttft_slo_s=st.sampled_from((1.0, 20.0)),  # with the cost model and without, a few requests are in time
+    pull_s_per_token=st.sampled_from((0.0, 0.1)),
+    policy=st.sampled_from([PolicyConfig(name) for name in get_args(PolicyName)]) | st.just(BY_AFFINITY),
+)
 picks = st.integers(0, 1_000_000)
 
 
 class RouterMachine(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
+        self.config = CONFIG
         self.router = Router(CONFIG, Transfers())
         self.now = 0.0
         self.workers: dict[str, ModelWorker] = {}
@@ -82,19 +107,32 @@ class RouterMachine(RuleBasedStateMachine):
 
     # --- what happens ---------------------------------------------------------------------------------------------
 
-    @initialize(num_up=st.integers(0, 4))
-    def start(self, num_up: int) -> None:
+    @initialize(num_up=st.integers(0, 4), config=configs)
+    def start(self, num_up: int, config: RouterConfig) -> None:
+        self.config = config
+        self.router = Router(config, Transfers())
         for worker_id in WORKERS[:num_up]:
             self.start_worker(worker_id)
 
-    @rule(prompt=st.lists(st.integers(0, 3), min_size=1, max_size=12), max_tokens=st.integers(1, 9))
-    def arrive(self, prompt: list[int], max_tokens: int) -> None:
+    @rule(
+        prompt=st.lists(st.integers(0, 3), min_size=1, max_size=12),
+        max_tokens=st.integers(1, 9),
+        priority=st.sampled_from((0, 0, 1)),
+    )
+    def arrive(self, prompt: list[int], max_tokens: int, priority: int) -> None:
         self.num_requests += 1
         event = arrived(f"r{self.num_requests}", prompt, max_tokens)
+        event = replace(event, request=replace(event.request, priority=priority))
         self.requests[event.request.request_id] = event.request
         self.seen[event.request.request_id] = []
         self.open.add(event.request.request_id)
         self.feed(event)
+
+    @rule(prefix=st.lists(st.integers(0, 3), min_size=4, max_size=8), num=st.integers(2, 7))
+    def arrive_together(self, prefix: list[int], num: int) -> None:
+        """One prefix, more than its worker has credit for."""
+        for index in range(num):
+            self.arrive([*prefix, index, index, index, index], 3, 0)
 
     @rule(worker_id=st.sampled_from(WORKERS))
     def start_worker(self, worker_id: str) -> None:
@@ -102,7 +140,8 @@ class RouterMachine(RuleBasedStateMachine):
             self.num_lives += 1
             self.workers[worker_id] = ModelWorker(peer(worker_id, str(self.num_lives)))
             self.feed(WorkerUp(self.workers[worker_id].ref))
-            self.feed(reported(worker_id, incarnation=str(self.num_lives), stats=stats()))
+            measured = stats(prefill_s_per_token=0.05)
+            self.feed(reported(worker_id, incarnation=str(self.num_lives), stats=measured))
 
     @precondition(lambda self: self.workers)
     @rule(pick=picks)
@@ -189,8 +228,46 @@ class RouterMachine(RuleBasedStateMachine):
         assert set(self.router._in_flight) == self.open
         assert len(self.router._by_client_id) == len(self.open)
         for view in self.router.view.workers.values():
-            assert set(view.pending_tokens) <= self.open
+            assert set(view.pending_tokens) == set(view.pending_us) <= self.open
             assert set(view.placed_blocks) <= self.open
+
+    @invariant()
+    def each_request_runs_or_is_queued_once_or_waits(self) -> None:
+        view = self.router.view
+        queued = {
+            entry.request_id: worker
+            for worker in view.workers.values()
+            for entry in worker.queue.in_order(self.now, 0.0)
+        }
+        assert len(queued) == sum(len(worker.queue) for worker in view.workers.values())
+        assert set(self.router._queues._members) == set(queued)
+        for request_id, in_flight in self.router._in_flight.items():
+            assert (in_flight.attempt is None) or (in_flight.queued is None)
+            assert (in_flight.queued.prefill if in_flight.queued else None) is queued.get(request_id)
+            assert not (in_flight.waits_for_a_worker and view.workers)
+
+    @invariant()
+    def the_sums_are_right(self) -> None:
+        view = self.router.view
+        prefill = [view.workers[worker_id] for worker_id in view.prefill_worker_ids]
+        assert view.prefill_workers() == sorted(prefill, key=by_pending)
+        assert view.num_pending_tokens == sum(worker.num_pending_tokens for worker in prefill)
+        for worker in view.workers.values():
+            entries = worker.queue.in_order(self.now, 0.0)
+            assert worker.queue.num_tokens == sum(entry.num_tokens for entry in entries)
+            assert abs(worker.queue.work_s - sum(entry.prefill_s for entry in entries)) < 1e-9
+            assert worker.pending_tokens.total == sum(worker.pending_tokens.values())
+
+    @invariant()
+    def the_credit_is_used_and_overdrawn_by_one_request_at_most(self) -> None:
+        limit = self.config.dispatch_tokens
+        for worker in self.router.view.workers.values():
+            sent = worker.pending_tokens
+            if limit == 0:
+                assert len(worker.queue) == 0
+                continue
+            assert len(worker.queue) == 0 or sent.total >= limit
+            assert not sent or sent.total - max(sent.values()) < limit
 
     @invariant()
     def workers_work_for_current_attempts_only(self) -> None:
@@ -218,6 +295,8 @@ class RouterMachine(RuleBasedStateMachine):
         for view in self.router.view.workers.values():
             assert not view.pending_tokens
             assert not view.placed_blocks
+            assert view.backlog_s == 0
+        assert not self.router._queues._members
         assert not any(worker.jobs for worker in self.workers.values()), "every worker was told"
 
 

@@ -1,0 +1,72 @@
+"""What a placement policy may ask about the cluster, for one request. Answers from the view; decides nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import chain
+
+from router.cluster_view import ClusterView
+from router.config import RouterConfig
+from router.policy import Candidate
+from router.sampling import Sampler
+
+
+class RequestView:
+    """Invariant: what it has answered about a worker stays the same: a request is placed in one go."""
+
+    def __init__(
+        self, config: RouterConfig, view: ClusterView, sampler: Sampler, links: Sequence[bytes], num_tokens: int
+    ) -> None:
+        self.links = links
+        self.num_tokens = num_tokens
+        self._hash_block_size = config.hash_block_size
+        self._pull_s_per_token = config.pull_s_per_token
+        self._view = view
+        self._sampler = sampler
+        self._candidates: dict[str, Candidate] = {}
+        self._home: tuple[str, ...] | None = None
+
+    def worker_ids(self) -> Sequence[str]:
+        return self._view.prefill_worker_ids
+
+    def candidate(self, worker_id: str) -> Candidate:
+        found = self._candidates.get(worker_id)
+        if found is None:
+            found = self._view.candidate(self._view.workers[worker_id], self.links, self.num_tokens)
+            self._candidates[worker_id] = found
+        return found
+
+    def lightest(self) -> str:
+        return self._view.prefill_workers()[0].worker_id
+
+    def num_pending_tokens(self) -> int:
+        return self._view.num_pending_tokens
+
+    def sample(self, num: int) -> Sequence[str]:
+        return self._sampler.sample(self._view.prefill_worker_ids, num)
+
+    def home_key(self) -> bytes | None:
+        return self._view.home_key(self.links)
+
+    def home_pair(self) -> tuple[str, ...]:
+        if self._home is None:
+            self._home = self._view.home_worker_ids(self.links)
+        return self._home
+
+    def earlier_homes(self) -> Sequence[str]:
+        home = self.home_pair()
+        num_key_tokens = self._view.key_depth(self.links) * self._hash_block_size
+        if any(self.candidate(worker_id).num_cached_tokens >= num_key_tokens for worker_id in home):
+            return ()
+        earlier = (self._view.rings.candidates(key) for key in self._view.earlier_keys(self.links))
+        return [one for one in dict.fromkeys(chain.from_iterable(earlier)) if one not in home]
+
+    def ring(self, key: bytes) -> Iterator[str]:
+        return self._view.rings.rings[0].walk(key)
+
+    def prefill_s(self, worker_id: str, num_cached_tokens: int) -> float:
+        return self._view.workers[worker_id].prefill_s(self.num_tokens - num_cached_tokens, num_cached_tokens)
+
+    def pull_s(self, num_tokens: int) -> float:
+        """For ever, where workers do not pull."""
+        return num_tokens * self._pull_s_per_token if self._pull_s_per_token else float("inf")

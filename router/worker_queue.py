@@ -1,0 +1,53 @@
+"""The requests placed on one worker and not yet sent to it: the router keeps them where they can still move, and sends
+only as many as keep the worker busy. Knows the order and the credit; not which worker it is, nor what the requests are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from router.queue_order import Queued, QueueOrder
+
+
+class WorkerQueue:
+    """Invariant: `num_tokens` and `work_s` are the sums over the entries; on_change is called after every change.
+
+    A request that is queued holds nothing on any worker."""
+
+    def __init__(self, order: QueueOrder, dispatch_tokens: int, on_change: Callable[[], None]) -> None:
+        self.num_tokens = 0
+        self.work_s = 0.0
+        self._order = order
+        self._dispatch_tokens = dispatch_tokens
+        self._on_change = on_change
+
+    def __len__(self) -> int:
+        return len(self._order)
+
+    def has_credit(self, num_sent_tokens: int) -> bool:
+        """Whether one more may go, with so many sent and not yet prefilled: one request may overdraw it, so that one
+        longer than the credit goes too."""
+        return self._dispatch_tokens == 0 or num_sent_tokens < self._dispatch_tokens
+
+    def put(self, entry: Queued) -> None:
+        self._order.add(entry)
+        self.num_tokens += entry.num_tokens
+        self.work_s += entry.prefill_s
+        self._on_change()
+
+    def remove(self, request_id: str) -> Queued | None:
+        """None where it is not here."""
+        entry = self._order.remove(request_id)
+        if entry is not None:
+            self.num_tokens -= entry.num_tokens
+            # Sums of floats drift; an empty queue has no work.
+            self.work_s = max(0.0, self.work_s - entry.prefill_s) if len(self) else 0.0
+            self._on_change()
+        return entry
+
+    def head(self, now: float, num_sent_tokens: int, start_s: float) -> Queued | None:
+        """The next to send, while there is credit. `start_s`: how long the worker is busy with what it has."""
+        return self._order.head(now, start_s) if self.has_credit(num_sent_tokens) else None
+
+    def in_order(self, now: float, start_s: float) -> list[Queued]:
+        return self._order.in_order(now, start_s)

@@ -1,0 +1,66 @@
+"""How busy each worker is, over time. Looks on; changes nothing."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from protos.types import PeerRef, Role
+from router.cluster_view import ClusterView
+from simulator.result import LoadSample, WorkerUse
+from simulator.worker import SimulatedWorker
+
+
+@dataclass(slots=True)
+class _Watched:
+    ref: PeerRef
+    engine: SimulatedWorker
+    joined_at: float
+    left_at: float | None = None
+    sampled_busy_s: float = 0.0
+
+
+class LoadProbe:
+    """Invariant: `_watched` has every life of every worker, in the order of joining; a life that has ended is not
+    sampled any more."""
+
+    def __init__(self, view: ClusterView) -> None:
+        self.samples: list[LoadSample] = []
+        self._view = view
+        self._watched: list[_Watched] = []
+        self._sampled_at = 0.0
+
+    def joined(self, ref: PeerRef, engine: SimulatedWorker, now: float) -> None:
+        self._watched.append(_Watched(ref, engine, now))
+
+    def left(self, worker_id: str, now: float) -> None:
+        for each in self._watched:
+            if each.ref.worker_id == worker_id and each.left_at is None:
+                each.left_at = now
+
+    def sample(self, now: float) -> None:
+        """The interval since the last sample, of the workers that prefill and are up."""
+        shares: dict[str, float] = {}
+        for each in self._watched:
+            if each.left_at is not None or each.ref.role is not Role.PREFILL:
+                continue
+            busy_s = each.engine.busy_until(now)
+            shares[each.ref.worker_id] = (busy_s - each.sampled_busy_s) / (now - max(self._sampled_at, each.joined_at))
+            each.sampled_busy_s = busy_s
+        pending = tuple(self._num_pending_tokens(worker_id) for worker_id in shares)
+        self.samples.append(LoadSample(now, tuple(shares), tuple(shares.values()), pending))
+        self._sampled_at = now
+
+    def uses(self, now: float) -> tuple[WorkerUse, ...]:
+        """Of every life."""
+        return tuple(
+            WorkerUse(
+                each.ref.worker_id,
+                each.engine.busy_s / max(1e-9, (now if each.left_at is None else each.left_at) - each.joined_at),
+                each.engine.num_steps,
+            )
+            for each in self._watched
+        )
+
+    def _num_pending_tokens(self, worker_id: str) -> int:
+        view = self._view.workers.get(worker_id)
+        return 0 if view is None else view.num_pending_tokens

@@ -1,0 +1,192 @@
+"""Which runs make up a comparison, and the goodput that follows from them: the highest rate at which nine requests in
+ten meet both SLOs. Decides rates; who carries the runs out, and in how many processes, is the caller's affair."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from statistics import fmean
+from typing import TYPE_CHECKING, Literal
+
+from engine.config import PullConfig
+from simulator.run import simulate
+from simulator.transforms import at_rate
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Sequence
+
+    from router.config import RouterConfig
+    from simulator.requests import SimRequest
+    from simulator.result import LoadSample, Summary
+    from simulator.setup import Setup
+
+MIN_ATTAINMENT = 0.9
+PULLING_POLICIES = ("home_pair", "min_ttft", "exploit_explore")
+DEFAULT_SHARES = (0.4, 0.6, 0.8, 1.0, 1.2)  # of the reference rate, where no rates are asked for
+MAX_RATES = 1000
+
+
+@dataclass(frozen=True, slots=True)
+class Variant:
+    """One contender: a router's settings under a name. Workers pull KV exactly where `pulls` is set."""
+
+    label: str
+    router: RouterConfig
+    pulls: PullConfig | None = None
+
+
+def contender(label: str, router: RouterConfig, setup: Setup) -> Variant:
+    """Its workers pull where its policy counts on that, at what a token's KV takes on an idle link."""
+    if router.policy.name not in PULLING_POLICIES or not router.policy.pulls:
+        return Variant(label, replace(router, pull_s_per_token=0.0))
+    s_per_token = setup.hardware.kv_nbytes_per_token / setup.link_nbytes_per_s
+    return Variant(label, replace(router, pull_s_per_token=s_per_token), PullConfig(s_per_token=s_per_token))
+
+
+@dataclass(frozen=True, slots=True)
+class Experiment:
+    """Every variant sees the same requests on the same cluster."""
+
+    requests: tuple[SimRequest, ...]
+    setup: Setup  # its router is each variant's in turn
+    variants: tuple[Variant, ...]
+    rates: tuple[float, ...]
+    ring_seeds: tuple[int, ...]
+    tolerance: float = 0.01  # a search ends when a good and a bad rate are this close
+
+    def __post_init__(self) -> None:
+        if not self.tolerance > 0:
+            raise ValueError(f"tolerance must be positive, not {self.tolerance}")
+        for rate in self.rates:
+            if not (math.isfinite(rate) and rate > 0):
+                raise ValueError(f"rate must be positive, not {rate:g}")
+        for name in ("requests", "variants", "rates", "ring_seeds"):
+            if not getattr(self, name):
+                raise ValueError(f"{name} must not be empty")
+        labels = [variant.label for variant in self.variants]
+        if len(set(labels)) < len(labels):
+            raise ValueError(f"every variant is to be named once, but they are {', '.join(labels)}")
+
+
+@dataclass(frozen=True, slots=True)
+class LoadPoint:
+    """Busy shares of the prefill workers in one interval that ended at at_s."""
+
+    at_s: float
+    least: float
+    mean: float
+    most: float
+
+
+@dataclass(frozen=True, slots=True)
+class CaseResult:
+    """One run. is_searched: its rate was chosen by the search, not asked for."""
+
+    label: str
+    rate: float
+    ring_seed: int
+    summary: Summary
+    loads: tuple[LoadPoint, ...]
+    is_searched: bool = False
+
+
+def run_case(experiment: Experiment, variant: Variant, rate: float, ring_seed: int) -> CaseResult:
+    setup = replace(
+        experiment.setup,
+        router=replace(variant.router, ring_seed=ring_seed),
+        scheduler=replace(experiment.setup.scheduler, pulls=variant.pulls),
+    )
+    result = simulate(setup, at_rate(experiment.requests, rate))
+    return CaseResult(variant.label, rate, ring_seed, result.summary(), tuple(map(_load_point, result.loads)))
+
+
+def _load_point(load: LoadSample) -> LoadPoint:
+    shares = load.busy_shares or (0.0,)
+    return LoadPoint(load.at_s, min(shares), fmean(shares), max(shares))
+
+
+# --- the search for goodput -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Goodput:
+    """Of one variant and one ring seed. `at least`: the highest rate that was tried was still good; `below`: the lowest
+    one was not."""
+
+    rate: float
+    bound: Literal["found", "at least", "below"]
+
+
+def search(experiment: Experiment, variant: Variant, known: Sequence[CaseResult]) -> list[CaseResult]:
+    """Further runs, between the highest good rate of `known` (one variant and ring seed) and the next higher one."""
+
+    def run(rate: float) -> CaseResult:
+        return replace(run_case(experiment, variant, rate, known[0].ring_seed), is_searched=True)
+
+    return bisect(run, known, experiment.tolerance)
+
+
+def bisect(run: Callable[[float], CaseResult], known: Sequence[CaseResult], tolerance: float) -> list[CaseResult]:
+    """Narrows the bracket down to a ratio of 1 + tolerance, each time at the geometric mean."""
+    found: list[CaseResult] = []
+    low, high = bracket(known)
+    while low is not None and high is not None and high > low * (1 + tolerance):
+        found.append(run(math.sqrt(low * high)))
+        if is_good(found[-1]):
+            low = found[-1].rate
+        else:
+            high = found[-1].rate
+    return found
+
+
+def is_good(case: CaseResult) -> bool:
+    return case.summary.attainment >= MIN_ATTAINMENT
+
+
+def bracket(cases: Iterable[CaseResult]) -> tuple[float | None, float | None]:
+    """The highest good rate, and the lowest rate above it; None where there is none."""
+    cases = list(cases)
+    low = max((case.rate for case in cases if is_good(case)), default=None)
+    return low, min((case.rate for case in cases if low is None or case.rate > low), default=None)
+
+
+def goodput_of(cases: Sequence[CaseResult]) -> Goodput:
+    """From all runs of one variant and ring seed, those of the search included."""
+    low, high = bracket(cases)
+    if low is None:
+        assert high is not None, "no runs"
+        return Goodput(high, "below")
+    return Goodput(low, "at least" if high is None else "found")
+
+
+# --- rates as they are written --------------------------------------------------------------------------------------
+
+
+def parse_rates(text: str) -> tuple[float, ...]:
+    """'1,2.5,4', '1..40:3' or '1..40' (nine rates, evenly spaced). ValueError names what is wrong."""
+    rates: list[float] = []
+    for part in text.split(","):
+        rates += _parse_range(part) if ".." in part else [_number(part)]
+    return tuple(sorted(set(rates)))
+
+
+def _parse_range(text: str) -> list[float]:
+    span, _, step_text = text.partition(":")
+    first, last = (_number(end) for end in span.split("..", 1))
+    if last < first:
+        raise ValueError(f"rate {text!r} ends below its beginning")
+    step = _number(step_text) if step_text else max((last - first) / 8, 1e-9)
+    num_rates = int((last - first) / step + 1e-6) + 1
+    if num_rates > MAX_RATES:
+        raise ValueError(f"rate {text!r} makes {num_rates} rates, at most {MAX_RATES} are taken")
+    return [round(first + index * step, 9) for index in range(num_rates)]
+
+
+def _number(text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        raise ValueError(f"rate must be numbers, e.g. 1,2,4 or 1..40:3, not {text!r}") from None
+    if not (math.isfinite(number) and number > 0):
+        raise ValueError(f"rate must be positive, not {text!r}")
+    return number

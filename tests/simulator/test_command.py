@@ -1,0 +1,166 @@
+"""`twinring simulate` as a user types it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from cluster.cli import app
+from simulator.plan import parse_workers
+from simulator.result import Summary
+
+QUICK = ["--generate", "tool_agent", "--requests", "30", "--workers", "2p1d", "--seeds", "1", "--rate", "2"]
+SUMMARY_KEYS = set(Summary.__dataclass_fields__)
+
+
+def simulate(*arguments: str) -> tuple[int, str, str]:
+    result = CliRunner().invoke(app, ["simulate", *arguments])
+    return result.exit_code, result.stdout, result.stderr
+
+
+def write_trace(path: Path, *bad_lines: str) -> Path:
+    lines = [
+        json.dumps({"timestamp": 300 * i, "input_length": 2000, "output_length": 4, "hash_ids": [9**30, 7 * i, 8, 9]})
+        for i in range(10)
+    ]
+    path.write_text("\n".join([*lines, *bad_lines]))
+    return path
+
+
+def results(tmp_path: Path, *arguments: str) -> dict[str, Any]:
+    path = tmp_path / "results.json"
+    code, _, err = simulate(*arguments, "--json", str(path))
+    assert code == 0, err
+    document = json.loads(path.read_text())
+    assert isinstance(document, dict)
+    return document
+
+
+def test_table_json_and_figure(tmp_path: Path) -> None:
+    files = [tmp_path / name for name in ("results.json", "figure.svg")]
+    options = ["--policy", "dual_map,least_loaded", "--json", str(files[0]), "--figure", str(files[1])]
+    code, out, err = simulate(*QUICK, "--rate", "1,3", *options)
+    assert code == 0, err
+    assert "dual_map" in out and "least_loaded" in out and "goodput" in out and "reference" in out
+    assert "runs" in err
+    svg = files[1].read_text()
+    assert "<svg" in svg and svg.count("<path") > 20
+    document = json.loads(files[0].read_text())
+    assert set(document) == {"format", "version", "notes", "trace", "setup", "reference", "goodput", "cases"}
+    assert (document["format"], document["version"]) == ("twinring-simulate", 1)
+    assert set(document["goodput"]) == {"dual_map", "least_loaded"} == set(document["setup"]["variants"])
+    asked = [(case["variant"], case["rate"]) for case in document["cases"] if not case["is_searched"]]
+    assert asked == [(name, rate) for name in ("dual_map", "least_loaded") for rate in (1.0, 3.0)]
+    assert all(set(case["summary"]) == SUMMARY_KEYS for case in document["cases"])
+    assert all(case["summary"]["num_finished"] == 30 for case in document["cases"])
+
+
+def test_equal_options_give_equal_results(tmp_path: Path) -> None:
+    options = [*QUICK, "--policy", "home_pair", "--no-search"]
+    first = results(tmp_path, *options)
+    assert results(tmp_path, *options) == first
+    assert results(tmp_path, *options, "--seed", "1")["cases"] != first["cases"]
+
+
+def test_processes_change_nothing(tmp_path: Path) -> None:
+    options = [*QUICK, "--rate", "1,300", "--seeds", "2", "--slo-ttft", "0.4", "--drop", "8000"]
+    alone = results(tmp_path, *options)
+    assert results(tmp_path, *options, "--jobs", "2") == alone
+    assert any(case["is_searched"] for case in alone["cases"])
+    assert alone["goodput"]["dual_map"]["bound"] == "found"
+
+
+def test_every_policy_runs_under_every_order(tmp_path: Path) -> None:
+    orders, policies = ("first_come", "moore_hodgson"), ("dual_map", "home_pair:num_sampled=1")
+    options = ["--policy", ",".join(policies), "--queue-order", ",".join(orders), "--no-search"]
+    variants = results(tmp_path, *QUICK, *options)["setup"]["variants"]
+    assert list(variants) == [f"{policy}, {order}" for policy in policies for order in orders]
+    assert variants["home_pair:num_sampled=1, moore_hodgson"]["policy"]["num_sampled"] == 1
+    assert variants["dual_map, moore_hodgson"]["queue_order"] == "moore_hodgson"
+    assert variants["dual_map, moore_hodgson"]["dispatch_tokens"] == 2 * 8192
+
+
+def test_settings_reach_the_cluster(tmp_path: Path) -> None:
+    settings = ["router.key_depth_blocks=1", "scheduler.max_num_batched_tokens=1024", "link_nbytes_per_s=1.25e9"]
+    options = [word for setting in settings for word in ("--set", setting)]
+    document = results(tmp_path, *QUICK, *options, "--kv-tokens", "100000", "--no-search")
+    assert document["setup"]["variants"]["dual_map"]["key_depth_blocks"] == 1
+    assert document["setup"]["variants"]["dual_map"]["dispatch_tokens"] == 2048
+    assert document["setup"]["scheduler"]["max_num_batched_tokens"] == 1024
+    assert document["setup"]["link_nbytes_per_s"] == 1.25e9
+    assert document["setup"]["hardware"]["num_kv_tokens"] == 100_000
+
+
+def test_traces_with_bad_lines_stop_or_go_on(tmp_path: Path) -> None:
+    path = write_trace(tmp_path / "trace.jsonl", '{"timestamp": 3', "[]")
+    options = ["--trace", str(path), "--workers", "1p", "--rate", "1", "--seeds", "1", "--no-search"]
+    code, _, err = simulate(*options)
+    assert code == 1
+    assert "2 lines of the trace cannot be read (line 11: not JSON" in err and "line 12: not an object" in err
+    document = results(tmp_path, *options, "--skip-bad-lines", "--cut", "1000")
+    assert "2 lines of the trace left out" in document["notes"][0]
+    assert (document["trace"]["num_requests"], document["trace"]["num_prompt_tokens_mean"]) == (10, 1000)
+
+
+def test_json_alone_on_standard_output() -> None:
+    code, out, err = simulate(*QUICK, "--no-search", "--json", "-")
+    assert code == 0, err
+    assert json.loads(out)["trace"]["source"] == "tool_agent"
+    assert "policy" in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--rate", "0"], "rate must be positive, not '0'"),
+        (["--rate=-3..4"], "rate must be positive, not '-3'"),
+        (["--workers", "0p2d"], "workers must be positive, not '0p2d'"),
+        (["--workers", "8x"], "workers must be like 8p8d, 8p (prefill alone) or 8c (colocated), not '8x'"),
+        (["--policy", "best"], "policy name cannot be 'best': Input should be 'round_robin', 'random',"),
+        (["--policy", "home_pair:sampled=2"], "unknown setting policy home_pair: sampled; known: "),
+        (["--policy", "home_pair:num_sampled=-1"], "num_sampled must be at least 0, got -1"),
+        (["--policy", "dual_map,dual_map"], "every variant is to be named once"),
+        (["--queue-order", "last_come"], "queue_order cannot be 'last_come': Input should be 'first_come',"),
+        (["--hardware", "abacus"], "hardware must be one of 8b-a100, 8b-h100"),
+        (["--generate", "chat"], "generate must be one of tool_agent, long_sessions, not 'chat'"),
+        (["--trace", "file"], "exactly one of --trace and --generate"),
+        (["--seeds", "0"], "seeds must be positive, not 0"),
+        (["--jobs", "0"], "jobs must be positive, not 0"),
+        (["--requests", "-5"], "requests must be positive, not -5"),
+        (["--requests", "1"], "1 requests have no rate"),
+        (["--warmup", "30"], "warmup 30 leaves none of 30 requests"),
+        (["--kv-tokens", "0"], "kv-tokens must be positive, not 0"),
+        (["--jitter", "-1"], "jitter must not be negative"),
+        (["--cut", "0"], "cut must be positive, not 0"),
+        (["--slo-ttft", "0.001"], "slo-ttft 0.001 s cannot be met"),
+        (["--slo-tpot", "0.001"], "slo-tpot 0.001 s cannot be met"),
+        (["--slo-ttft", "-1"], "slo-ttft must be positive, not -1"),
+        (["--dispatch-tokens", "-1"], "dispatch_tokens"),
+        (["--set", "router.colour=red"], "unknown setting router.colour; known: "),
+        (["--set", "router.key_depth_blocks=red"], "router.key_depth_blocks cannot be 'red'"),
+        (["--set", "wheels.num=4"], "unknown setting wheels.num; sections are router, scheduler, transfer"),
+        (["--set", "red"], "set must be name=value, not 'red'"),
+        (["--figure", "figure.txt"], "figure must end in .svg, .png, .pdf"),
+        (["--json", "/no/such/folder/file"], "no folder for"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_anything_runs(arguments: list[str], message: str) -> None:
+    code, out, err = simulate(*QUICK, *arguments)
+    assert code == 1
+    assert message in " ".join(err.split()), err
+    assert not out and "runs" not in err
+
+
+def test_a_trace_that_is_not_there(tmp_path: Path) -> None:
+    code, _, err = simulate("--trace", str(tmp_path / "none.jsonl"))
+    assert code == 1 and "none.jsonl" in err
+
+
+def test_workers_as_written() -> None:
+    assert parse_workers("8p8d") == (8, 8, "disaggregated")
+    assert parse_workers("12p") == (12, 0, "disaggregated")
+    assert parse_workers("3c") == (3, 0, "colocated")
