@@ -100,7 +100,7 @@ class GenerateRequest:
     choice_index: int = 0
     handoff_to: Handoff | None = None  # None: the worker that prefills also decodes
     handoff_from: Handoff | None = None  # set at the worker that awaits the KV
-    home_worker_ids: tuple[str, ...] = ()
+    home_worker_ids: tuple[str, ...] = ()  # that its prefix may be pulled from, best first; none: not worth asking
     trace_context: str = ""
 
     @property

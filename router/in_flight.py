@@ -101,7 +101,7 @@ class InFlight:
             attempt=attempt.number,
             token_ids=self.template.token_ids + self.log.token_ids[: attempt.first_index],
             deadline_s=None if deadline_s is None else max(0.0, deadline_s - (now - self.arrived_at)),
-            home_worker_ids=attempt.plan.home_worker_ids,
+            home_worker_ids=attempt.plan.pull_worker_ids,
         )
 
     def account(self, now: float) -> RequestAccount:

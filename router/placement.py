@@ -20,13 +20,14 @@ from router.sampling import Sampler
 @dataclass(frozen=True, slots=True)
 class Plan:
     """`decode` is None where the worker that prefills also decodes; decode_reason then says why. The estimates count on
-    KV that the worker may pull from `home_worker_ids`."""
+    KV that the worker may pull from `pull_worker_ids`."""
 
     prefill: WorkerView
     prefill_reason: str
     decode: WorkerView | None
     decode_reason: str
     home_worker_ids: tuple[str, ...] = ()
+    pull_worker_ids: tuple[str, ...] = ()  # best first
     num_predicted_cached_tokens: int = 0
     num_prefill_tokens: int = 0  # to compute
     prefill_s: float = 0.0  # what that takes; 0 where no speed is known yet
@@ -134,7 +135,9 @@ class Planner:
             prefill_reason=choice.reason,
             decode=None,
             decode_reason="",
-            home_worker_ids=sources,
+            home_worker_ids=request.home_pair(),
+            # To ask a home takes a step of it: only where it is thought to have something.
+            pull_worker_ids=sources if estimated.num_pulled_tokens else (),
             num_predicted_cached_tokens=candidate.num_cached_tokens,
             num_prefill_tokens=request.num_tokens - num_ready_tokens,
             prefill_s=request.prefill_s(choice.worker_id, num_ready_tokens),

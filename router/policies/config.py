@@ -27,6 +27,7 @@ class PolicyConfig:
     name: PolicyName = "dual_map"  # who chooses where a request is prefilled
     has_slo_switch: bool = True  # dual_map: off, the warm candidate is taken however late it would be
     num_sampled: int = 2  # home_pair: random workers that are candidates beside the pair
+    affinity_share: float = 0.5  # home_pair: of the TTFT SLO, up to which the home that holds most is taken
     pulls: bool = True  # home_pair, min_ttft, exploit_explore: estimates count on KV pulled from another worker
     load_factor: float = 1.25  # single_ring: how far above the mean load a worker may get
     num_prefix_blocks: int = 2  # prefix_hash: hash blocks that make the key
@@ -46,6 +47,7 @@ class PolicyConfig:
             ("max_imbalance_tokens", 0),
             ("max_imbalance_ratio", 1),
             ("overlap_weight", 0),
+            ("affinity_share", 0),
         ):
             if not getattr(self, name) >= least:
                 raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")

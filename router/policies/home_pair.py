@@ -7,17 +7,19 @@ from dataclasses import dataclass
 from router.policies.base import PlacementView
 from router.policies.by_load import lightest
 from router.policies.estimates import Estimate, estimate_alone, estimate_with_holder
-from router.policy import Choice
+from router.policy import Candidate, Choice
 
 
 @dataclass(frozen=True, slots=True)
 class HomePair:
-    """The least TTFT estimate among the home pair and num_sampled random workers, where a worker may pull what a home
-    holds; ties go to the pair. Where the homes miss, those that earlier keys named are asked too. Needs to know
+    """The home that holds most, while its TTFT estimate is at most `affinity_s`: every copy of a prefix takes memory
+    from another. Else the least estimate among the pair and num_sampled random workers, where a worker may pull what a
+    home holds; ties go to the pair. Where the homes miss, those that earlier keys named are asked too. Needs to know
     2 + num_sampled workers, a few more on a miss: O(1)."""
 
     num_sampled: int
     pulls: bool
+    affinity_s: float
 
     def place(self, view: PlacementView) -> Choice:
         home = view.home_pair()
@@ -25,6 +27,13 @@ class HomePair:
             return lightest(view)
         holders = [view.candidate(worker_id) for worker_id in (*home, *(view.earlier_homes() if self.pulls else ()))]
         holder = max(holders, key=lambda c: (c.num_cached_tokens, -c.num_pending_tokens))
+        if holder.ttft_s <= self.affinity_s and holder.num_cached_tokens:
+            return Choice(holder.worker_id, f"affinity: {estimate_alone(holder)}, at most {self.affinity_s:g} s")
+        return self._least(view, home, holders, holder)
+
+    def _least(
+        self, view: PlacementView, home: tuple[str, ...], holders: list[Candidate], holder: Candidate
+    ) -> Choice:
         known = {one.worker_id for one in holders}
         sampled = [view.candidate(one) for one in view.sample(self.num_sampled) if one not in known]
         estimates = [
