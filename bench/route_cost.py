@@ -1,5 +1,6 @@
-"""What a request costs before it leaves the router: placement by the number of workers, and tokenization, hashing and
-placement by the length of the prompt. In one process, without gRPC: bench/service.py has the whole path."""
+"""What a request costs before it leaves the router: placement by the number of workers, also for a policy that asks all
+of them, and tokenization, hashing and placement by the length of the prompt. In one process, without gRPC:
+bench/service.py has the whole path."""
 
 from __future__ import annotations
 
@@ -8,6 +9,7 @@ import secrets
 import statistics
 from array import array
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from itertools import count
 from typing import Any
@@ -21,6 +23,7 @@ from protos.types import GenerateRequest, PeerRef, Role, SamplingParams, WorkerR
 from router.config import RouterConfig
 from router.events import Arrived, ClientCancelled, Reported, WorkerUp
 from router.placement import Planner
+from router.policies.config import PolicyConfig, PolicyName
 from router.router import Router
 
 DESCRIPTION = "the router's cost of a request: placement at 2 to 1024 workers, hashing, tokenization"
@@ -36,6 +39,9 @@ KEY = bytes(32)
 ROOT = chain_root(KEY, "model")
 TARGET_MS = 0.2
 TARGET_RATIO = 2.0  # 1024 workers may cost twice what 2 do
+# The second asks the home pair and two random workers, the third all of them: what each holds, and what is before it.
+POLICIES: tuple[PolicyName, ...] = ("dual_map", "home_pair", "min_ttft")
+PREFILL_S_PER_TOKEN, PULL_S_PER_TOKEN = 2e-5, 5e-6  # an 8B model on an H100 over 200 Gb/s
 GREEDY = SamplingParams(temperature=0.0, top_p=1.0, top_k=0, seed=0, max_tokens=64)
 TEXT = "Everyone is permitted to copy and distribute verbatim copies of this license document. "
 
@@ -52,17 +58,42 @@ def run(quick: bool) -> list[Figure]:
 def by_workers(counts: tuple[int, ...], runs: int, num_requests: int) -> list[Figure]:
     """Medians over runs of the p50 of each run; the sizes take turns."""
     fleets = {n: Fleet(n) for n in counts}
-    plan = interleave(runs, {str(n): _each(fleets[n].time_of_plan, num_requests) for n in counts})
+    figures = by_policy(fleets, runs, num_requests)
     whole = interleave(runs, {str(n): _each(fleets[n].time_of_arrival, num_requests) for n in counts})
-    most, least = str(counts[-1]), str(counts[0])
-    ratio = statistics.median(a / b for a, b in zip(plan[most], plan[least], strict=True))
-    note = f"Planner.plan, {TYPICAL_PROMPT} tokens, {NUM_LOADED} requests in flight per worker, {most} workers"
-    figures = [
-        Figure("placement_p50_ms", _ms(plan[most]), "ms", TARGET_MS, "lower", note),
-        Figure(f"placement_ratio_{most}_to_{least}", ratio, "x", TARGET_RATIO, "lower"),
-    ]
-    figures += [Figure(f"placement_p50_ms_at_{n}", _ms(plan[str(n)]), "ms", better="lower") for n in counts]
     return figures + [Figure(f"arrival_p50_ms_at_{n}", _ms(whole[str(n)]), "ms", better="lower") for n in counts]
+
+
+def by_policy(fleets: dict[int, Fleet], runs: int, num_requests: int) -> list[Figure]:
+    """Of the policies, the default has targets; its figures have no name in front."""
+    plan = interleave(
+        runs,
+        {
+            f"{policy} {n}": _each(partial(fleet.time_of_plan, fleet.planner(policy)), num_requests)
+            for policy in POLICIES
+            for n, fleet in fleets.items()
+        },
+    )
+    most, least = max(fleets), min(fleets)
+    note = f"Planner.plan, {TYPICAL_PROMPT} tokens, {NUM_LOADED} requests in flight per worker, {most} workers"
+    figures: list[Figure] = []
+    for policy in POLICIES:
+        is_default = policy == RouterConfig().policy.name
+        prefix, goal, goal_ratio = ("", TARGET_MS, TARGET_RATIO) if is_default else (f"{policy}_", None, None)
+        ratio = _ratio(plan[f"{policy} {most}"], plan[f"{policy} {least}"])
+        p50_ms = _ms(plan[f"{policy} {most}"])
+        figures += [
+            Figure(f"{prefix}placement_p50_ms", p50_ms, "ms", goal, "lower", note),
+            Figure(f"{prefix}placement_ratio_{most}_to_{least}", ratio, "x", goal_ratio, "lower"),
+        ]
+        figures += [
+            Figure(f"{prefix}placement_p50_ms_at_{n}", _ms(plan[f"{policy} {n}"]), "ms", better="lower") for n in fleets
+        ]
+    to_global = _ratio(plan[f"min_ttft {most}"], plan[f"home_pair {most}"])
+    return [*figures, Figure(f"min_ttft_to_home_pair_at_{most}", to_global, "x", better="higher")]
+
+
+def _ratio(above: list[float], below: list[float]) -> float:
+    return statistics.median(a / b for a, b in zip(above, below, strict=True))
 
 
 def _each(measure: Callable[[], float], num_requests: int) -> Callable[[], float]:
@@ -77,9 +108,8 @@ class Fleet:
     """A router with workers up, linked and loaded, and prompts for it: one in two begins with a prefix seen before."""
 
     def __init__(self, num_workers: int) -> None:
-        config = RouterConfig(max_in_flight=NUM_LOADED * num_workers + 1)
-        self._router = Router(config, lambda: secrets.token_bytes(16))
-        self._planner = Planner(config, self._router.view)
+        self._config = RouterConfig(max_in_flight=NUM_LOADED * num_workers + 1)
+        self._router = Router(self._config, lambda: secrets.token_bytes(16))
         self._random = random.Random(num_workers)
         self._prefixes = [make_tokens(self._random, TYPICAL_PROMPT // 2) for _ in range(NUM_PREFIXES)]
         self._numbers = count()
@@ -87,9 +117,15 @@ class Fleet:
         for _ in range(NUM_LOADED * num_workers):
             self._router.on(self._make_request(TYPICAL_PROMPT), 0.0)
 
-    def time_of_plan(self) -> float:
+    def planner(self, policy: PolicyName) -> Planner:
+        """Of the same view. Only the default is without pulls."""
+        pull_s = 0.0 if policy == self._config.policy.name else PULL_S_PER_TOKEN
+        config = replace(self._config, policy=PolicyConfig(policy), pull_s_per_token=pull_s)
+        return Planner(config, self._router.view)
+
+    def time_of_plan(self, planner: Planner) -> float:
         links = self._make_request(TYPICAL_PROMPT).links
-        return time_of(lambda: self._planner.plan(links, TYPICAL_PROMPT, GREEDY.max_tokens))
+        return time_of(lambda: planner.plan(links, TYPICAL_PROMPT, GREEDY.max_tokens))
 
     def time_of_arrival(self, num_tokens: int = TYPICAL_PROMPT) -> float:
         arrived = self._make_request(num_tokens)
@@ -105,7 +141,12 @@ class Fleet:
                 self._router.on(WorkerUp(PeerRef(worker_id, "1", f"{worker_id}:1", role)), 0.0)
                 num_free = self._random.randrange(NUM_BLOCKS // 2, NUM_BLOCKS)
                 links = decode if role is Role.PREFILL else ()
-                stats = WorkerStats(num_blocks=NUM_BLOCKS, num_free_blocks=num_free, warm_links=links)
+                stats = WorkerStats(
+                    num_blocks=NUM_BLOCKS,
+                    num_free_blocks=num_free,
+                    warm_links=links,
+                    prefill_s_per_token=PREFILL_S_PER_TOKEN,
+                )
                 self._router.on(Reported(worker_id, "1", WorkerReport(stats=stats)), 0.0)
 
     def _make_request(self, num_tokens: int) -> Arrived:

@@ -15,9 +15,10 @@ class PullConfig:
     base_s: float = 0.0  # what a pull takes beside: question, answer, a step of the home
     deadline_s: float = 5.0  # a request waits no longer for all of its pulls
     max_served: int = 4  # 0: nobody pulls from here
+    max_returns: int = 0  # brought home to here at once, and as many from here; 0: none
 
     def __post_init__(self) -> None:
-        for name in ("s_per_token", "base_s", "max_served"):
+        for name in ("s_per_token", "base_s", "max_served", "max_returns"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
         if not self.deadline_s > 0:

@@ -77,14 +77,25 @@ class PullRequested:
     request_id: str
     attempt: int
     block_hashes: tuple[bytes, ...]
+    kind: TransferKind = TransferKind.PULL
 
 
 @dataclass(frozen=True, slots=True)
 class PullRefused:
-    """Destination: the home has none of the blocks, serves no more pulls now, or is not there."""
+    """Destination: the other has none of the blocks, serves no more pulls now, or is not there."""
 
     pull_id: bytes
     reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class ReturnOffered:
+    """Home: another worker has computed a prefix of ours, and it has these blocks now. Nobody waits for an answer."""
+
+    source_worker_id: str
+    request_id: str
+    attempt: int
+    block_hashes: tuple[bytes, ...]  # from the first block on
 
 
 Event = (
@@ -98,6 +109,7 @@ Event = (
     | TransferClosed
     | PullRequested
     | PullRefused
+    | ReturnOffered
 )
 
 # --- effects ------------------------------------------------------------------------------------------------------
@@ -168,14 +180,16 @@ class RefuseTransfer:
 
 @dataclass(frozen=True, slots=True)
 class RequestPull:
-    """Destination: ask a home for these blocks of a prefix, and expect a transfer by this id from it. It ends in one of
-    PullRefused, TransferArrived, TransferLost, or in our own RefuseTransfer."""
+    """Destination: ask a home for these blocks of a prefix (or, to bring them home, whoever offered them), and expect a
+    transfer by this id from it. It ends in one of PullRefused, TransferArrived, TransferLost, or in our own
+    RefuseTransfer."""
 
     pull_id: bytes
     source_worker_id: str
     request_id: str  # of whoever asked first; others may wait for the same pull
     attempt: int
     block_hashes: tuple[bytes, ...]
+    kind: TransferKind = TransferKind.PULL
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,6 +199,16 @@ class RefusePull:
     pull_id: bytes
     destination: PeerRef
     reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class OfferReturn:
+    """Source: tell a home that these blocks of its prefix are here. It asks for those it lacks, or does nothing."""
+
+    home_worker_id: str
+    request_id: str
+    attempt: int
+    block_hashes: tuple[bytes, ...]
 
 
 Effect = (
@@ -199,4 +223,5 @@ Effect = (
     | RefuseTransfer
     | RequestPull
     | RefusePull
+    | OfferReturn
 )

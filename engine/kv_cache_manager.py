@@ -61,6 +61,14 @@ class KVCacheManager:
         hashes = self._block_hashes(request, 0, (request.num_tokens - 1) // self._config.block_size)
         return tuple(hashes), len(self._find_run(hashes))
 
+    def given_prefix(self, request: Request) -> tuple[bytes, ...]:
+        """Hashes of all full blocks that the request came with."""
+        return tuple(self._block_hashes(request, 0, request.num_given_tokens // self._config.block_size))
+
+    def num_cached(self, hashes: Sequence[bytes]) -> int:
+        """How many of these blocks are here, from the first on."""
+        return len(self._find_run(hashes))
+
     def can_hold(self, request: Request, computed_blocks: Sequence[int], num_spare_blocks: int) -> bool:
         """Is there room now for all tokens of the request, computed_blocks among it, and num_spare_blocks more?"""
         return self._room_for(self._config.num_blocks_for(request.num_tokens) + num_spare_blocks, computed_blocks)
@@ -95,8 +103,11 @@ class KVCacheManager:
         request.num_hashed_blocks = num_full
 
     def free(self, request: Request) -> None:
-        """The request uses no blocks any more. What transfers lease stays leased."""
-        self._pool.release(self._tables.pop(request, []))
+        """The request uses no blocks any more; what it borrowed from a home goes first where memory is short. What
+        transfers lease stays leased."""
+        table = self._tables.pop(request, [])
+        self._pool.release(table)
+        self._pool.demote([table[place] for place in request.borrowed_blocks if place < len(table)])
         request.num_hashed_blocks = 0
 
     # --- transfers ------------------------------------------------------------------------------------------------
@@ -110,6 +121,12 @@ class KVCacheManager:
     def release_lease(self, transfer_id: bytes) -> None:
         """The transfer's blocks are quiet. Nothing happens where it leases none."""
         self._pool.release(self._leases.pop(transfer_id, []))
+
+    def release_copies(self, transfer_id: bytes) -> None:
+        """The same; another worker keeps these blocks from now on, so that they go first where memory is short."""
+        block_ids = self._leases.pop(transfer_id, [])
+        self._pool.release(block_ids)
+        self._pool.demote(block_ids)
 
     def is_leasing(self, transfer_id: bytes) -> bool:
         return transfer_id in self._leases

@@ -1,5 +1,5 @@
-"""The giving side of a pull: leases the blocks that another worker asks for and sends them, as far as they are in the
-prefix cache. Knows no requests of its own: a prefix is named by its hashes."""
+"""The giving side of pulls and returns: leases the blocks that another worker asks for and sends them, as far as they
+are in the prefix cache. Knows no requests of its own: a prefix is named by its hashes."""
 
 from __future__ import annotations
 
@@ -10,46 +10,48 @@ from protos.types import Handoff, TransferKind
 
 
 class PullSource:
-    """Invariant: `_served` has the pulls whose blocks are leased, from their offer until it is refused or closed; never
-    more than max_served."""
+    """Invariant: `_served` has the pulls and returns whose blocks are leased, from their offer until it is refused or
+    closed; never more than max_served of the ones and max_returns of the others."""
 
     def __init__(self, config: SchedulerConfig, manager: KVCacheManager) -> None:
         self._config = config
         self._manager = manager
-        self._served: set[bytes] = set()
+        self._served: dict[bytes, TransferKind] = {}
 
     def requested(self, event: PullRequested) -> list[Effect]:
         """Offer, send and commit at once: everything there is to send has been computed."""
         pull_id = event.pull_id
         if self._manager.is_leasing(pull_id):
             return []  # repeated
-        refusal = self._refusal()
+        refusal = self._refusal(event.kind)
         block_ids = [] if refusal else self._manager.lease_cached(pull_id, event.block_hashes)
         if not block_ids:
             return [RefusePull(pull_id, event.destination, refusal or "the first block asked for is not here")]
-        self._served.add(pull_id)
+        self._served[pull_id] = event.kind
         handoff = Handoff(pull_id, event.destination)
         return [
-            OpenTransfer(handoff, event.request_id, event.attempt, len(block_ids), TransferKind.PULL),
+            OpenTransfer(handoff, event.request_id, event.attempt, len(block_ids), event.kind),
             SendBlocks(pull_id, 0, tuple(block_ids)),
             CommitTransfer(pull_id, 0, ()),
         ]
 
     def ended(self, transfer_id: bytes) -> bool:
-        """Nothing reads its blocks any more. False where it is not a pull that is served here."""
+        """Nothing reads its blocks any more. False where it is none that is served here."""
         if transfer_id not in self._served:
             return False
-        self._served.remove(transfer_id)
-        self._manager.release_lease(transfer_id)
+        if self._served.pop(transfer_id) is TransferKind.RETURN:
+            self._manager.release_copies(transfer_id)
+        else:
+            self._manager.release_lease(transfer_id)
         return True
 
     def end_all(self, reason: str) -> list[Effect]:
         """The blocks stay leased until each transfer is closed."""
         return [AbortTransfer(pull_id, reason) for pull_id in sorted(self._served)]
 
-    def _refusal(self) -> str:
+    def _refusal(self, kind: TransferKind) -> str:
         if self._config.pulls is None:
             return "pulls are off here"
-        if len(self._served) >= self._config.pulls.max_served:
-            return f"{len(self._served)} pulls are served already, max_served is {self._config.pulls.max_served}"
-        return ""
+        name = "max_returns" if kind is TransferKind.RETURN else "max_served"
+        num_served, limit = list(self._served.values()).count(kind), getattr(self._config.pulls, name)
+        return f"{num_served} {kind}s are served already, {name} is {limit}" if num_served >= limit else ""

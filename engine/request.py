@@ -49,8 +49,10 @@ class Request:
         self.num_sent_blocks = 0  # source: handed to SendBlocks under open_transfer_id
 
         self.unasked_home_ids = list(generate.home_worker_ids)  # homes that it may still pull from
+        self.return_worker_id = generate.return_worker_id
         self.pulling_since: float | None = None  # its first pull
         self.pulled_blocks: set[int] = set()  # places in its table whose blocks a pull brought into the cache
+        self.borrowed_blocks: list[int] = []  # those of them that the home keeps, where others will look for them
 
         self.queued_at = now
         self.first_scheduled_at: float | None = None
@@ -86,6 +88,8 @@ class Request:
         self.first_scheduled_at = now
         self.num_pulled_tokens = num_pulled_blocks * block_size
         self.num_cached_tokens = (num_hit_blocks - num_pulled_blocks) * block_size
+        if self.return_worker_id:
+            self.borrowed_blocks = sorted(place for place in self.pulled_blocks if place < num_hit_blocks)
         self.pulled_blocks.clear()
 
     def append(self, sampled: tuple[int, ...], max_model_len: int, now: float) -> tuple[int, ...]:

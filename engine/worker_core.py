@@ -10,8 +10,10 @@ from engine.config import SchedulerConfig
 from engine.events import (
     Effect,
     Event,
+    OfferReturn,
     PullRefused,
     PullRequested,
+    ReturnOffered,
     Submitted,
     TransferArrived,
     TransferClosed,
@@ -26,6 +28,7 @@ from engine.prefill_speed import PrefillSpeed
 from engine.pull_destination import PullDestination
 from engine.pull_source import PullSource
 from engine.request import Request
+from engine.return_destination import ReturnDestination
 from engine.scheduler import Progress, Scheduler
 from engine.scheduler_output import SchedulerOutput, StepResult
 from protos.types import (
@@ -55,6 +58,8 @@ class WorkerCore:
         new_pull_id: Callable[[], bytes] | None = None,
     ) -> None:
         """worker_id and new_pull_id (128 random bits, used once) are needed where the config has pulls."""
+        self._worker_id = worker_id
+        self._gives_returns = config.pulls is not None and config.pulls.max_returns > 0
         self._manager = KVCacheManager(config, num_blocks, hash_key, model_fingerprint)
         self._scheduler = Scheduler(config, self._manager)
         self._source = HandoffSource(config, self._scheduler, self._manager)
@@ -62,6 +67,7 @@ class WorkerCore:
         self._speed = PrefillSpeed()
         self._pull_source = PullSource(config, self._manager)
         self._pulls = PullDestination(config, self._scheduler, self._manager, self._speed, worker_id, new_pull_id)
+        self._returns = ReturnDestination(config, self._scheduler, self._manager, new_pull_id)
         self._requests: dict[str, Request] = {}
         self._arrivals = count()
 
@@ -77,10 +83,17 @@ class WorkerCore:
                 return self._retarget(event)
             case PullRequested():
                 return self._pull_source.requested(event)
+            case ReturnOffered():
+                return self._returns.announced(event, now)
+            case PullRefused() if self._returns.awaits(event.pull_id):
+                self._returns.refused(event.pull_id)
+                return []
             case PullRefused():
                 return self._pulls.refused(event, now)
             case TransferOffered() | TransferArrived() | TransferLost() if self._pulls.awaits(event.transfer_id):
                 return self._on_pull(event, now)
+            case TransferOffered() | TransferArrived() | TransferLost() if self._returns.awaits(event.transfer_id):
+                return self._on_return(event)
             case TransferOffered():
                 return self._destination.offered(event, self._requests.get(event.request_id))
             case TransferArrived():
@@ -101,7 +114,7 @@ class WorkerCore:
         effects: list[Effect] = []
         for request in list(self._requests.values()):
             effects += self._end(request, reason)
-        return effects + self._pull_source.end_all(reason)
+        return effects + self._pull_source.end_all(reason) + self._returns.end_all(reason)
 
     def _submit(self, generate: GenerateRequest, now: float) -> list[Effect]:
         effects: list[Effect] = []
@@ -127,6 +140,16 @@ class WorkerCore:
                 return self._pulls.arrived(event, now)
             case TransferLost():
                 return self._pulls.lost(event, now)
+
+    def _on_return(self, event: TransferOffered | TransferArrived | TransferLost) -> list[Effect]:
+        match event:
+            case TransferOffered():
+                return self._returns.offered(event)
+            case TransferArrived():
+                self._returns.arrived(event.transfer_id)
+            case TransferLost():
+                self._returns.lost(event.transfer_id)
+        return []
 
     def _abort(self, event: Abort) -> list[Effect]:
         request = self._find(event.request_id, event.attempt)
@@ -177,6 +200,13 @@ class WorkerCore:
 
     def _after_progress(self, progress: Progress) -> list[Effect]:
         request = progress.request
+        is_prefilled = request.num_output_tokens - len(progress.token_ids) == request.num_committed_tokens
+        if self._gives_returns and progress.token_ids and is_prefilled:
+            return [*self._after_work(progress), *self._offer_return(request)]
+        return self._after_work(progress)
+
+    def _after_work(self, progress: Progress) -> list[Effect]:
+        request = progress.request
         if request.finish_reason is not None:
             return self._finish(progress)
         if request.handoff_to is None:
@@ -190,6 +220,12 @@ class WorkerCore:
         if request.handoff_to is not None:
             request.mode_reason = "finished with its first token"
         return [_token_output(progress, accounts=True), *self._end(request, "finished")]
+
+    def _offer_return(self, request: Request) -> list[Effect]:
+        """Its first token is out, and the blocks of its prompt are in the cache."""
+        home = request.return_worker_id
+        hashes = self._manager.given_prefix(request) if home not in ("", self._worker_id) else ()
+        return [OfferReturn(home, request.request_id, request.attempt, hashes)] if hashes else []
 
     # --- what others may know -------------------------------------------------------------------------------------
 

@@ -19,6 +19,7 @@ from engine.events import (
     Event,
     ExpectTransfer,
     GrantTransfer,
+    OfferReturn,
     OpenTransfer,
     RefusePull,
     RefuseTransfer,
@@ -169,7 +170,7 @@ class WorkerHost(pb_grpc.WorkerServicer):
                     self._transfers.grant(transfer_id, num_held_blocks, block_ids)
                 case RefuseTransfer(transfer_id, reason):
                     self._transfers.refuse(transfer_id, reason)
-                case RequestPull() | RefusePull():
+                case RequestPull() | RefusePull() | OfferReturn():
                     raise AssertionError(f"no wire for {effect}: SchedulerConfig.pulls must be None here")
 
     # --- KV transfers (kvtransfer.agent.TransferHost) ----------------------------------------------------------------

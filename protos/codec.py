@@ -125,6 +125,7 @@ def submit_to_proto(request: GenerateRequest) -> pb.Submit:
         handoff_from=_handoff_to_proto(request.handoff_from),
         home_worker_ids=request.home_worker_ids,
         trace_context=request.trace_context,
+        return_worker_id=request.return_worker_id,
     )
 
 
@@ -145,6 +146,7 @@ def submit_from_proto(message: pb.Submit) -> GenerateRequest:
         handoff_from=_handoff_from_proto(message, "handoff_from"),
         home_worker_ids=tuple(message.home_worker_ids),
         trace_context=message.trace_context,
+        return_worker_id=message.return_worker_id,
     )
 
 

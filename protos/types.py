@@ -102,6 +102,7 @@ class GenerateRequest:
     handoff_from: Handoff | None = None  # set at the worker that awaits the KV
     home_worker_ids: tuple[str, ...] = ()  # that its prefix may be pulled from, best first; none: not worth asking
     trace_context: str = ""
+    return_worker_id: str = ""  # the home that its prefix is brought to when it is computed; none: it stays
 
     @property
     def num_committed_tokens(self) -> int:

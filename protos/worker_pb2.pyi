@@ -80,7 +80,7 @@ class Logprobs(_message.Message):
     def __init__(self, logprob: _Optional[float] = ..., top_token_ids: _Optional[bytes] = ..., top_logprobs: _Optional[_Iterable[float]] = ...) -> None: ...
 
 class Submit(_message.Message):
-    __slots__ = ("request_id", "client_request_id", "tenant", "cache_salt", "attempt", "token_ids", "num_prompt_tokens", "sampling_params", "priority", "deadline_s", "choice_index", "handoff_to", "handoff_from", "home_worker_ids", "trace_context")
+    __slots__ = ("request_id", "client_request_id", "tenant", "cache_salt", "attempt", "token_ids", "num_prompt_tokens", "sampling_params", "priority", "deadline_s", "choice_index", "handoff_to", "handoff_from", "home_worker_ids", "trace_context", "return_worker_id")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     CLIENT_REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     TENANT_FIELD_NUMBER: _ClassVar[int]
@@ -96,6 +96,7 @@ class Submit(_message.Message):
     HANDOFF_FROM_FIELD_NUMBER: _ClassVar[int]
     HOME_WORKER_IDS_FIELD_NUMBER: _ClassVar[int]
     TRACE_CONTEXT_FIELD_NUMBER: _ClassVar[int]
+    RETURN_WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     client_request_id: str
     tenant: str
@@ -111,7 +112,8 @@ class Submit(_message.Message):
     handoff_from: HandoffRef
     home_worker_ids: _containers.RepeatedScalarFieldContainer[str]
     trace_context: str
-    def __init__(self, request_id: _Optional[str] = ..., client_request_id: _Optional[str] = ..., tenant: _Optional[str] = ..., cache_salt: _Optional[bytes] = ..., attempt: _Optional[int] = ..., token_ids: _Optional[bytes] = ..., num_prompt_tokens: _Optional[int] = ..., sampling_params: _Optional[_Union[WorkerSamplingParams, _Mapping]] = ..., priority: _Optional[int] = ..., deadline_s: _Optional[float] = ..., choice_index: _Optional[int] = ..., handoff_to: _Optional[_Union[HandoffRef, _Mapping]] = ..., handoff_from: _Optional[_Union[HandoffRef, _Mapping]] = ..., home_worker_ids: _Optional[_Iterable[str]] = ..., trace_context: _Optional[str] = ...) -> None: ...
+    return_worker_id: str
+    def __init__(self, request_id: _Optional[str] = ..., client_request_id: _Optional[str] = ..., tenant: _Optional[str] = ..., cache_salt: _Optional[bytes] = ..., attempt: _Optional[int] = ..., token_ids: _Optional[bytes] = ..., num_prompt_tokens: _Optional[int] = ..., sampling_params: _Optional[_Union[WorkerSamplingParams, _Mapping]] = ..., priority: _Optional[int] = ..., deadline_s: _Optional[float] = ..., choice_index: _Optional[int] = ..., handoff_to: _Optional[_Union[HandoffRef, _Mapping]] = ..., handoff_from: _Optional[_Union[HandoffRef, _Mapping]] = ..., home_worker_ids: _Optional[_Iterable[str]] = ..., trace_context: _Optional[str] = ..., return_worker_id: _Optional[str] = ...) -> None: ...
 
 class Abort(_message.Message):
     __slots__ = ("request_id", "attempt")

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 
 from protos.types import PeerRef, Role, WorkerStats
 from router.config import RouterConfig
+from router.decode_peak import Decoding
 from router.hash_ring import RingPair
 from router.key_depth import KeyDepths
 from router.policy import Candidate, by_pending, by_room
@@ -42,8 +43,8 @@ class WorkerView:
     """One life of one worker, as this router sees it; on_load is called when what it is ranked by may have changed.
 
     Invariant: `pending_tokens` and `pending_us` have an entry for every request sent here and not yet prefilled,
-    `queue` for every one placed here and not yet sent, `placed_blocks` for every one that decodes or will decode here;
-    all are empty when no request in flight needs this worker."""
+    `queue` for every one placed here and not yet sent, `placed_blocks` and `decoding` for every one that decodes or
+    will decode here; all are empty when no request in flight needs this worker."""
 
     def __init__(self, ref: PeerRef, config: RouterConfig, on_load: Callable[[WorkerView], None]) -> None:
         self.ref = ref
@@ -53,6 +54,7 @@ class WorkerView:
         self.pending_tokens = Tally(lambda: on_load(self))
         self.pending_us = Tally(lambda: None)  # microseconds, by the cost model: sums of integers do not drift
         self.placed_blocks = Tally(lambda: on_load(self))
+        self.decoding: dict[str, Decoding] = {}
         order = make_order(config.queue_order, config.max_queue_wait_s)
         self.queue = WorkerQueue(order, config.dispatch_tokens, lambda: on_load(self))
         self.rebalanced_at = float("-inf")  # when its queue was last looked through
@@ -106,13 +108,22 @@ class WorkerView:
         self.pending_us[request_id] = round(prefill_s * 1e6)
         self.pending_tokens[request_id] = num_tokens
 
+    def place_to_decode(self, request_id: str, num_blocks: int, decoding: Decoding) -> None:
+        self.decoding[request_id] = decoding
+        self.placed_blocks[request_id] = num_blocks
+
+    def note_refused(self, request_id: str) -> None:
+        """It will not decode here."""
+        self.placed_blocks.pop(request_id, None)
+        self.decoding.pop(request_id, None)
+
     def note_prefilled(self, request_id: str) -> None:
         self.pending_us.pop(request_id, None)
         self.pending_tokens.pop(request_id, None)
 
     def release(self, request_id: str) -> None:
         self.note_prefilled(request_id)
-        self.placed_blocks.pop(request_id, None)
+        self.note_refused(request_id)
 
 
 class ClusterView:

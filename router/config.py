@@ -12,6 +12,8 @@ from router.policies.config import PolicyConfig
 from router.queue_order import QueueOrderName
 from router.tenants import TenantConfig
 
+DecodePolicyName = Literal["most_free_blocks", "peak_room"]
+
 
 @dataclass(frozen=True, slots=True)
 class RouterConfig:
@@ -33,6 +35,8 @@ class RouterConfig:
     ring_seed: int = 0  # of the two hash rings
     num_virtual_nodes: int = 64  # points of one worker on each ring
     policy: PolicyConfig = field(default_factory=PolicyConfig)  # where a request is prefilled
+    decode_policy: DecodePolicyName = "most_free_blocks"  # where it decodes: most room now, or at the predicted peak
+    num_decode_candidates: int = 4  # peak_room: decode workers with the most room now that it chooses from
 
     # Queues of the router, one for each worker that prefills
     dispatch_tokens: int = 0  # sent to a worker and not yet prefilled, before more wait here; 0: all are sent at once
@@ -41,6 +45,7 @@ class RouterConfig:
     rebalances: bool = False  # queued requests move within their home pair when they would miss ttft_slo_s
     cost: CostModel | None = None  # of a worker's steps; without one, estimates go by what the worker has measured
     pull_s_per_token: float = 0.0  # to fetch KV from a prefix's home; 0: workers do not
+    returns: bool = False  # home_pair: what was computed away from home is brought there, where workers pull
 
     # Requests in flight
     max_attempts: int = 3  # to run one request; another one follows the loss of a worker
@@ -68,6 +73,9 @@ class RouterConfig:
     max_logprobs: int = 20  # likeliest tokens named beside each output token
     max_tokenizing: int = 64  # long prompts that wait for the tokenizer's threads
 
+    # Diagnosis
+    record_events: str | None = None  # file for what the router is fed and chooses, prompts included, to replay it
+
     def __post_init__(self) -> None:
         if (self.tls_cert is None) != (self.tls_key is None):
             missing = "tls_cert" if self.tls_cert is None else "tls_key"
@@ -79,15 +87,21 @@ class RouterConfig:
                     f"{name} {address} can be reached from other machines: set tenants_file first, so that callers "
                     "must show a token, or listen on 127.0.0.1"
                 )
-        for name in ("key_depth_blocks", "hash_block_size", "block_size", "num_virtual_nodes", "max_attempts"):
+        for name in (
+            *("key_depth_blocks", "hash_block_size", "block_size", "num_virtual_nodes", "max_attempts"),
+            "num_decode_candidates",
+        ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         for name in ("dispatch_tokens", "max_queue_wait_s", "pull_s_per_token"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
-        if self.queue_order not in get_args(QueueOrderName):
-            known = ", ".join(get_args(QueueOrderName))
-            raise ValueError(f"queue_order must be one of {known}, got {self.queue_order!r}")
+        for name, names in (
+            ("queue_order", get_args(QueueOrderName)),
+            ("decode_policy", get_args(DecodePolicyName)),
+        ):
+            if getattr(self, name) not in names:
+                raise ValueError(f"{name} must be one of {', '.join(names)}, got {getattr(self, name)!r}")
         if self.block_size % self.hash_block_size:
             raise ValueError(
                 f"block_size must be a multiple of hash_block_size {self.hash_block_size}, got {self.block_size}"

@@ -6,8 +6,23 @@ from __future__ import annotations
 from bisect import bisect_right, insort
 from collections import deque
 from collections.abc import Iterable
+from typing import Protocol
 
 DecodingRequest = tuple[int, int]  # tokens held now, tokens that it is expected to add
+
+
+class Decoding(Protocol):
+    """A request while it decodes, or will; its figures are those of now."""
+
+    @property
+    def num_tokens(self) -> int: ...
+
+    @property
+    def num_generated_tokens(self) -> int: ...
+
+    @property
+    def num_remaining_tokens(self) -> int:
+        """How many more it may generate."""
 
 
 class OutputLengths:

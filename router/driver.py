@@ -13,12 +13,19 @@ from router.metrics import RouterMetrics
 from router.router import Router
 from router.worker_channel import WorkerChannel
 
+Record = Callable[[Event, float, Sequence[Effect]], None]  # what was fed, when, and what came of it
+
 
 class Driver:
     """Invariant: every worker that the Router knows as live has a channel here."""
 
     def __init__(
-        self, router: Router, config: RouterConfig, metrics: RouterMetrics, clock: Callable[[], float]
+        self,
+        router: Router,
+        config: RouterConfig,
+        metrics: RouterMetrics,
+        clock: Callable[[], float],
+        record: Record | None = None,
     ) -> None:
         self.router = router
         self.channels: dict[str, WorkerChannel] = {}
@@ -27,12 +34,15 @@ class Driver:
         self._config = config
         self._metrics = metrics
         self._clock = clock
+        self._record = record
 
     def feed(self, event: Event) -> None:
         now = self._clock()
         effects = self.router.on(event, now)
         if isinstance(event, Arrived):
             self._metrics.routed(self._clock() - now)
+        if self._record is not None:
+            self._record(event, now, effects)
         for effect in effects:
             self._apply(effect, now)
 

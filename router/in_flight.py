@@ -79,6 +79,10 @@ class InFlight:
         return self.template.num_prompt_tokens + len(self.log)
 
     @property
+    def num_generated_tokens(self) -> int:
+        return len(self.log)
+
+    @property
     def num_remaining_tokens(self) -> int:
         return self.template.sampling_params.max_tokens - len(self.log)
 
@@ -90,6 +94,8 @@ class InFlight:
     def note_tokens(self, now: float) -> None:
         if self.first_token_at is None:
             self.first_token_at = now
+            if self.attempt and self.attempt.plan.returns_to:  # its KV is on its way there from now on
+                self.attempt.plan.returns_to.prefixes.note(self.links)
         self.last_token_at = now
 
     def submit(self, attempt: Attempt, now: float) -> GenerateRequest:
@@ -102,6 +108,7 @@ class InFlight:
             token_ids=self.template.token_ids + self.log.token_ids[: attempt.first_index],
             deadline_s=None if deadline_s is None else max(0.0, deadline_s - (now - self.arrived_at)),
             home_worker_ids=attempt.plan.pull_worker_ids,
+            return_worker_id=attempt.plan.returns_to.worker_id if attempt.plan.returns_to else "",
         )
 
     def account(self, now: float) -> RequestAccount:

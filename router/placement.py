@@ -1,19 +1,20 @@
 """Where one attempt runs: who prefills, who decodes, and whether the KV moves between them. Pure: reads the view,
-changes nothing there. Which worker prefills is a policy's to say (policies/)."""
+changes nothing there. Which worker prefills is a policy's to say (policies/), which decodes decode_placement.py's."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
 
 from router.admission import Refusal, early_refusal
 from router.cluster_view import ClusterView, WorkerView
 from router.config import RouterConfig
+from router.decode_placement import DecodePlacement
 from router.placement_view import RequestView
 from router.policies.estimates import estimate
 from router.policies.make import make_policy
-from router.policy import Choice, MostFreeBlocks, Policy
+from router.policy import Choice, MostFreeBlocks
 from router.sampling import Sampler
 
 
@@ -28,6 +29,7 @@ class Plan:
     decode_reason: str
     home_worker_ids: tuple[str, ...] = ()
     pull_worker_ids: tuple[str, ...] = ()  # best first
+    returns_to: WorkerView | None = None  # the home that its KV is brought to
     num_predicted_cached_tokens: int = 0
     num_prefill_tokens: int = 0  # to compute
     prefill_s: float = 0.0  # what that takes; 0 where no speed is known yet
@@ -40,8 +42,7 @@ class Plan:
 
 
 class Planner:
-    """Asks the policy who prefills. The worker that decodes is the head of a ranking: the view keeps workers in the
-    order of the policy that would choose among them.
+    """Asks the policy who prefills, then `decode` who decodes.
 
     Invariant: of itself it changes only what policies keep from one request to the next (whose turn it is, the state
     of the sampler)."""
@@ -50,13 +51,14 @@ class Planner:
         self._config = config
         self._view = view
         self._prefill = make_policy(config.policy, config.ttft_slo_s, config.block_size)
-        self._decode: Policy = MostFreeBlocks()
+        self.decode = DecodePlacement(config, view)
         self._sampler = Sampler(config.ring_seed)
 
     def copy(self) -> Planner:
         """One that chooses as this one would next, and leaves this one as it is."""
         planner = Planner(self._config, self._view)
         planner._prefill, planner._sampler = deepcopy((self._prefill, self._sampler))
+        planner.decode = self.decode
         return planner
 
     def plan(
@@ -101,22 +103,6 @@ class Planner:
         """Why a new request is not to be taken now, although this is the best place for it."""
         return early_refusal(self._config, plan.ttft_s, priority, deadline_s, plan.prefill, plan.decoding_worker)
 
-    def choose_decode(
-        self, prefill: WorkerView, links: Sequence[bytes], num_tokens: int, refused: Collection[str]
-    ) -> tuple[WorkerView, str] | None:
-        """A decode worker that has not refused this attempt; one that `prefill` has a link to, where there is one."""
-        roomiest: WorkerView | None = None
-        for view in self._view.decode_workers():
-            if view.worker_id in refused:
-                continue
-            if view.worker_id in prefill.warm_links:
-                roomiest = view
-                break
-            roomiest = roomiest or view
-        if roomiest is None:
-            return None
-        return roomiest, self._decode.choose(num_tokens, [self._view.candidate(roomiest, links, num_tokens)]).reason
-
     def _request(self, links: Sequence[bytes], num_tokens: int) -> RequestView:
         return RequestView(self._config, self._view, self._sampler, links, num_tokens)
 
@@ -138,11 +124,19 @@ class Planner:
             home_worker_ids=request.home_pair(),
             # To ask a home takes a step of it: only where it is thought to have something.
             pull_worker_ids=sources if estimated.num_pulled_tokens else (),
+            returns_to=self._returns_to(request, choice.worker_id),
             num_predicted_cached_tokens=candidate.num_cached_tokens,
             num_prefill_tokens=request.num_tokens - num_ready_tokens,
             prefill_s=request.prefill_s(choice.worker_id, num_ready_tokens),
             ttft_s=estimated.ttft_s,
         )
+
+    def _returns_to(self, request: RequestView, worker_id: str) -> WorkerView | None:
+        """Where it runs away from home: the home that lacks least of it."""
+        home = request.home_pair()
+        if not (self._config.returns and home) or worker_id in home or self._config.policy.name != "home_pair":
+            return None
+        return self._view.workers[max(home, key=lambda one: request.candidate(one).num_cached_tokens)]
 
     def _plan_beside(self, request: RequestView, beside: Sequence[str]) -> Plan:
         reason = "beside the first choice"
@@ -154,7 +148,7 @@ class Planner:
         pool = self._view.decode_workers()[:1]
         if not pool:
             return None
-        choice = self._decode.choose(request.num_tokens, [request.candidate(pool[0].worker_id)])
+        choice = MostFreeBlocks().choose(request.num_tokens, [request.candidate(pool[0].worker_id)])
         plan = self._plan_prefill(request, replace(choice, reason=f"no prefill worker is up; {choice.reason}"))
         return replace(plan, decode_reason="no prefill worker is up")
 
@@ -169,5 +163,5 @@ class Planner:
             return None, "colocated: every worker serves its requests from end to end"
         if num_remaining_tokens == 1:
             return None, "only 1 token is left to generate, and prefill makes it"
-        chosen = self.choose_decode(prefill, links, num_tokens, refused=())
+        chosen = self.decode.choose(prefill, links, num_tokens, num_remaining_tokens, refused=())
         return chosen or (None, "no decode worker is up")

@@ -187,7 +187,7 @@ class Router:
         """Charge the worker that will decode; tell it to expect the KV where that is not the one that prefills."""
         plan = attempt.plan
         num_blocks = -(-in_flight.num_tokens // self._config.block_size)
-        plan.decoding_worker.placed_blocks[in_flight.request_id] = num_blocks
+        plan.decoding_worker.place_to_decode(in_flight.request_id, num_blocks, in_flight)
         if plan.decode is None:
             return []
         handoff = Handoff(attempt.transfer_id, plan.prefill.ref)
@@ -240,6 +240,8 @@ class Router:
             in_flight.worker_ids,
         )
         self.statistics.num_finished += 1
+        if finish_reason is not FinishReason.ABORT:
+            self.planner.decode.note_output(len(in_flight.log))
         self._forget(in_flight)
         return [deliver, *self._end_attempt(in_flight, done)]
 
@@ -354,14 +356,16 @@ class Router:
             self.statistics.num_stale_reports += 1
             return []
         abort = Send(refusing.worker_id, aborts=(Abort(in_flight.request_id, attempt.number),))
-        refusing.placed_blocks.pop(in_flight.request_id, None)
+        refusing.note_refused(in_flight.request_id)
         attempt.refused.add(refusing.worker_id)
         return [abort, *self._retarget(in_flight, attempt, f"{refusing.worker_id} refused: {refusal.reason}", now)]
 
     def _retarget(self, in_flight: InFlight, attempt: Attempt, reason: str, now: float) -> list[Effect]:
         """To another decode worker; where every one has refused, the prefill worker decodes."""
         prefill = attempt.plan.prefill
-        chosen = self.planner.choose_decode(prefill, in_flight.links, in_flight.num_tokens, attempt.refused)
+        chosen = self.planner.decode.choose(
+            prefill, in_flight.links, in_flight.num_tokens, in_flight.num_remaining_tokens, attempt.refused
+        )
         decode, decode_reason = chosen or (None, "no other decode worker is left")
         attempt.plan = replace(attempt.plan, decode=decode, decode_reason=f"{decode_reason}; {reason}")
         attempt.transfer_id = self._make_transfer_id()

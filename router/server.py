@@ -27,6 +27,7 @@ from router.front_door import FrontDoor
 from router.http_app import HttpApp
 from router.http_server import HttpServer
 from router.metrics import RouterMetrics
+from router.recording import EventRecorder
 from router.responses import worker_load
 from router.router import Router
 from router.served_model import ServedModel
@@ -58,7 +59,9 @@ class RouterServer:
         self._on_worker_lost = on_worker_lost
         self._status = ClusterStatus(config, router.view)
         metrics = RouterMetrics(config, router, self._status)
-        self._driver = Driver(router, config, metrics, time.monotonic)
+        self._recorder = EventRecorder(config.record_events, config) if config.record_events else None
+        record = self._recorder.record if self._recorder else None
+        self._driver = Driver(router, config, metrics, time.monotonic, record)
         self._identity = RouterIdentity("router-0", uuid.uuid4().hex, served.model_fingerprint)
         version = _version()
         self._calls = Calls(config, served, self._driver, self._status, metrics, self._unavailable)
@@ -119,6 +122,8 @@ class RouterServer:
             self._ticker.cancel()
         await asyncio.gather(*self._closing, return_exceptions=True)
         self._calls.close()
+        if self._recorder is not None:
+            self._recorder.close()
 
     # --- workers --------------------------------------------------------------------------------------------------
 

@@ -13,12 +13,14 @@ from engine.events import (
     Effect,
     ExpectTransfer,
     GrantTransfer,
+    OfferReturn,
     OpenTransfer,
     PullRefused,
     PullRequested,
     RefusePull,
     RefuseTransfer,
     RequestPull,
+    ReturnOffered,
     SendBlocks,
     Submitted,
 )
@@ -97,20 +99,28 @@ class SimulatedHost:
             case RefusePull(pull_id, destination, reason):
                 self._clock.after(self._message_s, self._refuse_pull, pull_id, destination, reason)
 
-    # --- pulls --------------------------------------------------------------------------------------------------------
+            case OfferReturn(home_worker_id, request_id, attempt, block_hashes):
+                offered = ReturnOffered(self.me.worker_id, request_id, attempt, block_hashes)
+                self._clock.after(self._message_s, self._tell_home, home_worker_id, offered)
+
+    # --- pulls and returns --------------------------------------------------------------------------------------------
 
     def _request_pull(self, pull: RequestPull) -> None:
-        home = self._find_host(pull.source_worker_id)
-        if home is None:
-            self._clock.after(0.0, self.engine.post, PullRefused(pull.pull_id, "the home is not there"))
+        source = self._find_host(pull.source_worker_id)
+        if source is None:
+            self._clock.after(0.0, self.engine.post, PullRefused(pull.pull_id, "it is not there"))
             return
-        self.transfers.expect(pull.pull_id, home.me, pull.request_id, pull.attempt)
-        asked = PullRequested(pull.pull_id, self.me, pull.request_id, pull.attempt, pull.block_hashes)
-        self._clock.after(self._message_s, home.asked_for_pull, asked)
+        self.transfers.expect(pull.pull_id, source.me, pull.request_id, pull.attempt)
+        asked = PullRequested(pull.pull_id, self.me, pull.request_id, pull.attempt, pull.block_hashes, pull.kind)
+        self._clock.after(self._message_s, source.asked_for_pull, asked)
 
     def asked_for_pull(self, asked: PullRequested) -> None:
         if self.me.incarnation in self._links.agents:
             self.engine.post(asked)
+
+    def _tell_home(self, home_worker_id: str, offered: ReturnOffered) -> None:
+        if (home := self._find_host(home_worker_id)) is not None:
+            home.engine.post(offered)
 
     def _refuse_pull(self, pull_id: bytes, destination: PeerRef, reason: str) -> None:
         asker = self._find_host(destination.worker_id)

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from simulator.setup import Setup
 
 MIN_ATTAINMENT = 0.9
+MAX_RETURNS = 4  # to each worker at once, and from each
 PULLING_POLICIES = ("home_pair", "min_ttft", "exploit_explore")
 DEFAULT_SHARES = (0.4, 0.6, 0.8, 1.0, 1.2)  # of the reference rate, where no rates are asked for
 MAX_RATES = 1000
@@ -40,7 +41,8 @@ def contender(label: str, router: RouterConfig, setup: Setup) -> Variant:
     if router.policy.name not in PULLING_POLICIES or not router.policy.pulls:
         return Variant(label, replace(router, pull_s_per_token=0.0))
     s_per_token = setup.hardware.kv_nbytes_per_token / setup.link_nbytes_per_s
-    return Variant(label, replace(router, pull_s_per_token=s_per_token), PullConfig(s_per_token=s_per_token))
+    pulls = PullConfig(s_per_token=s_per_token, max_returns=MAX_RETURNS if router.returns else 0)
+    return Variant(label, replace(router, pull_s_per_token=s_per_token), pulls)
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,7 +27,7 @@ class PolicyConfig:
     name: PolicyName = "dual_map"  # who chooses where a request is prefilled
     has_slo_switch: bool = True  # dual_map: off, the warm candidate is taken however late it would be
     num_sampled: int = 2  # home_pair: random workers that are candidates beside the pair
-    affinity_share: float = 0.5  # home_pair: of the TTFT SLO, up to which the home that holds most is taken
+    affinity_share: float = 1.0  # home_pair: of the TTFT SLO, up to which the home that holds most is taken
     pulls: bool = True  # home_pair, min_ttft, exploit_explore: estimates count on KV pulled from another worker
     load_factor: float = 1.25  # single_ring: how far above the mean load a worker may get
     num_prefix_blocks: int = 2  # prefix_hash: hash blocks that make the key

@@ -31,9 +31,7 @@ class HomePair:
             return Choice(holder.worker_id, f"affinity: {estimate_alone(holder)}, at most {self.affinity_s:g} s")
         return self._least(view, home, holders, holder)
 
-    def _least(
-        self, view: PlacementView, home: tuple[str, ...], holders: list[Candidate], holder: Candidate
-    ) -> Choice:
+    def _least(self, view: PlacementView, home: tuple[str, ...], holders: list[Candidate], holder: Candidate) -> Choice:
         known = {one.worker_id for one in holders}
         sampled = [view.candidate(one) for one in view.sample(self.num_sampled) if one not in known]
         estimates = [

@@ -19,6 +19,7 @@ from engine.events import (
     Effect,
     Event,
     GrantTransfer,
+    OfferReturn,
     OpenTransfer,
     RefusePull,
     RefuseTransfer,
@@ -69,6 +70,7 @@ def generate(
     source: bytes | None = None,
     salt: bytes = b"",
     homes: Sequence[str] = (),
+    returns_to: str = "",
 ) -> GenerateRequest:
     return GenerateRequest(
         request_id=request_id,
@@ -82,6 +84,7 @@ def generate(
         handoff_to=None if to is None else Handoff(to, PEER),
         handoff_from=None if source is None else Handoff(source, PEER),
         home_worker_ids=tuple(homes),
+        return_worker_id=returns_to,
     )
 
 
@@ -256,6 +259,7 @@ class FakeNetwork:
         self.workers = {worker.ref.worker_id: worker for worker in workers}
         self.transfers: dict[bytes, FakeTransfer] = {}
         self.refusals: list[HandoffRefused] = []
+        self.offers: list[tuple[FakeWorker, OfferReturn]] = []
 
     def note(self, worker: FakeWorker, effects: list[Effect]) -> None:
         for effect in effects:
@@ -286,6 +290,8 @@ class FakeNetwork:
                 case RequestPull(pull_id, source_worker_id):
                     assert pull_id not in self.transfers
                     self.transfers[pull_id] = FakeTransfer(self.workers[source_worker_id], worker, asked=effect)
+                case OfferReturn():
+                    self.offers.append((worker, effect))
                 case RefusePull(pull_id, destination, reason):
                     assert destination == self.transfers[pull_id].destination.ref
                     self.transfers[pull_id].pull_refusal = reason

@@ -1,6 +1,6 @@
-"""Three workers that hand requests to each other and pull prefixes from each other over a network that loses, delays
-and repeats, with aborts at any time: every ledger balances after every event, every token is the right one, every
-request that was not aborted ends, and in the end no block is in use."""
+"""Three workers that hand requests to each other, pull prefixes from each other and bring them home over a network
+that loses, delays and repeats, with aborts at any time: every ledger balances after every event, every token is the
+right one, every request that was not aborted ends, and in the end no block is in use."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from engine.events import (
     Event,
     PullRefused,
     PullRequested,
+    ReturnOffered,
     TransferArrived,
     TransferClosed,
     TransferLost,
@@ -29,7 +30,7 @@ MAX_TOKENS = 6
 WORKERS = st.integers(0, NUM_WORKERS - 1)
 NUM_SHARED = st.sampled_from([0, 3, 8, 13, 16])  # tokens
 HOMES = st.permutations([f"w{place}" for place in range(NUM_WORKERS)])
-PULLS = PullConfig(s_per_token=0.5, deadline_s=60.0, max_served=2)
+PULLS = PullConfig(s_per_token=0.5, deadline_s=60.0, max_served=2, max_returns=2)
 
 
 class HandoffMachine(RuleBasedStateMachine):
@@ -61,11 +62,14 @@ class HandoffMachine(RuleBasedStateMachine):
         num_own=st.integers(1, 6),
         priority=st.integers(0, 1),
         homes=HOMES,
+        num_homes=st.integers(0, 2),
     )
-    def submit_local(self, worker: int, num_shared: int, num_own: int, priority: int, homes: list[str]) -> None:
+    def submit_local(
+        self, worker: int, num_shared: int, num_own: int, priority: int, homes: list[str], num_homes: int
+    ) -> None:
         name = self.new_prompt(num_shared, num_own)
         self.local[name] = self.workers[worker]
-        self.submit(worker, name, priority, None, None, homes[:2])
+        self.submit(worker, name, priority, None, None, homes[:num_homes], returns_to=homes[0])
 
     @rule(source=WORKERS, away=st.integers(1, 2), num_shared=NUM_SHARED, num_own=st.integers(1, 6), homes=HOMES)
     def submit_handoff(self, source: int, away: int, num_shared: int, num_own: int, homes: list[str]) -> None:
@@ -73,7 +77,7 @@ class HandoffMachine(RuleBasedStateMachine):
         transfer_id = self.new_transfer(self.workers[source], self.workers[(source + away) % NUM_WORKERS])
         self.sources[name] = self.workers[source]
         self.submit((source + away) % NUM_WORKERS, name, 0, None, transfer_id)
-        self.submit(source, name, 0, transfer_id, None, homes[:2])
+        self.submit(source, name, 0, transfer_id, None, homes[:2], returns_to=homes[0])
 
     @rule(worker=WORKERS, data=st.data())
     def abort(self, worker: int, data: st.DataObject) -> None:
@@ -120,6 +124,14 @@ class HandoffMachine(RuleBasedStateMachine):
             self.end_source(*drawn)
             self.end_destination(*drawn)
 
+    @rule()
+    def tell_home(self) -> None:
+        """That a prefix of its own was computed elsewhere."""
+        if self.network.offers:
+            source, offer = self.network.offers.pop()
+            offered = ReturnOffered(source.ref.worker_id, offer.request_id, offer.attempt, offer.block_hashes)
+            self.deliver(self.network.workers[offer.home_worker_id], offered)
+
     @rule(data=st.data())
     def repeat(self, data: st.DataObject) -> None:
         """Any event that has come before."""
@@ -132,7 +144,9 @@ class HandoffMachine(RuleBasedStateMachine):
         if transfer.asked is not None and not transfer.asked_source:
             transfer.asked_source = True
             asked, destination = transfer.asked, transfer.destination.ref
-            event = PullRequested(transfer_id, destination, asked.request_id, asked.attempt, asked.block_hashes)
+            event = PullRequested(
+                transfer_id, destination, asked.request_id, asked.attempt, asked.block_hashes, asked.kind
+            )
             self.network.note(transfer.source, transfer.source.on(event))
         elif transfer.pull_refusal is not None and not transfer.closed:
             transfer.closed = transfer.ended = True
@@ -219,6 +233,9 @@ class HandoffMachine(RuleBasedStateMachine):
                 return True
         if any(self.advance(*item) for item in list(self.network.transfers.items())):
             return True
+        if self.network.offers:
+            self.tell_home()
+            return True
         if self.network.refusals:
             refused = self.network.refusals.pop()
             self.deliver(self.sources[refused.request_id], Retarget(refused.request_id, refused.attempt, None))
@@ -248,9 +265,17 @@ class HandoffMachine(RuleBasedStateMachine):
         to: bytes | None,
         source: bytes | None,
         homes: Sequence[str] = (),
+        returns_to: str = "",
     ) -> None:
         request = generate(
-            name, self.prompts[name], max_tokens=MAX_TOKENS, priority=priority, to=to, source=source, homes=homes
+            name,
+            self.prompts[name],
+            max_tokens=MAX_TOKENS,
+            priority=priority,
+            to=to,
+            source=source,
+            homes=homes,
+            returns_to=returns_to,
         )
         each = self.workers[worker]
         self.network.note(each, each.submit(request))

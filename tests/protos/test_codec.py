@@ -52,6 +52,7 @@ def a_request(**changes: object) -> GenerateRequest:
         "handoff_from": None,
         "home_worker_ids": ("prefill-0", "prefill-1"),
         "trace_context": "00-ab-cd-01",
+        "return_worker_id": "prefill-1",
     }
     return GenerateRequest(**(fields | changes))  # type: ignore[arg-type]
 

@@ -146,8 +146,12 @@ async def test_the_error_has_the_one_shape(launch: Any) -> None:
     assert (answer.json()["error"]["type"], answer.json()["error"]["code"]) == ("permission_error", "not_an_operator")
 
 
-async def test_nothing_shows_a_token(launch: Any, caplog: pytest.LogCaptureFixture, capfd: Any) -> None:
+async def test_nothing_shows_a_token(
+    launch: Any, caplog: pytest.LogCaptureFixture, capfd: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     caplog.set_level(logging.DEBUG)
+    caplog.set_level(logging.DEBUG, "twinring")
+    monkeypatch.setattr(logging.getLogger("twinring"), "propagate", True)  # as it is until logging is configured
     service = await launch("p-0", "d-0", config=with_tenants(max_concurrent_requests=1, max_requests_per_minute=1))
     texts: list[object] = [service.server._config]
     await last_of(generate(service, "ann"))

@@ -60,7 +60,7 @@ def test_a_decode_worker_that_refused_is_passed_over() -> None:
     router.on(reported("d-1", stats=stats(num_free_blocks=10)), 0.0)
     planner, prefill = Planner(CONFIG, router.view), router.view.workers["p-0"]
     named = [
-        found[0].worker_id if (found := planner.choose_decode(prefill, (), 4, refused)) else None
+        found[0].worker_id if (found := planner.decode.choose(prefill, (), 4, 8, refused)) else None
         for refused in ((), ("d-0",), ("d-0", "d-2"), ("d-0", "d-1", "d-2"))
     ]
     assert named == ["d-0", "d-2", "d-1", None]

@@ -47,7 +47,7 @@ def test_dispatch_tells_both_workers_of_one_transfer() -> None:
     assert decode.handoff_from == Handoff((1).to_bytes(16, "little"), peer("p-0"))
     assert prefill.handoff_from is decode.handoff_to is None
     assert list(prefill.token_ids) == list(decode.token_ids) == PROMPT
-    assert prefill.home_worker_ids == ("p-0",)
+    assert prefill.home_worker_ids == ()  # nobody pulls
 
 
 def test_a_good_life() -> None:

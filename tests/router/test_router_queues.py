@@ -173,14 +173,16 @@ def test_every_policy_places_and_does_so_again_alike(name: PolicyName) -> None:
 def test_a_pull_from_home_is_reckoned_with() -> None:
     """Away from home the worker computes what it cannot fetch, and is charged with that only."""
     config = replace(CONFIG, cost=SECOND_PER_TOKEN, refuses_early=False, ttft_slo_s=1.0, pull_s_per_token=0.01)
-    config = replace(config, policy=PolicyConfig("home_pair", num_sampled=9))
+    config = replace(config, policy=PolicyConfig("home_pair", num_sampled=9, affinity_share=0.0))
     router = make_router(*(f"p-{i}" for i in range(4)), config=config)
     shared = prompt(1, 40)
-    placed = [sent(router.on(arrived(f"r{i}", [*shared, 1000 + i]), 0.0))[0][0] for i in range(4)]
+    effects = [sends(router.on(arrived(f"r{i}", [*shared, 1000 + i]), 0.0)) for i in range(4)]
+    placed = [worker_id for one in effects for worker_id in one]
     assert len(set(placed)) == 4
     assert [router.view.workers[worker_id].num_pending_tokens for worker_id in placed] == [41, 1, 1, 1]
-    request = sends(router.on(arrived("x", shared), 0.0)).popitem()[1].submits[0]
-    assert placed[0] in request.home_worker_ids
+    asked = [one[worker_id].submits[0].home_worker_ids for one, worker_id in zip(effects, placed, strict=True)]
+    assert asked[0] == ()  # nobody has anything yet
+    assert all(placed[0] in homes for homes in asked[1:])
 
 
 def test_key_depth_adapts_where_it_is_asked_to() -> None:

@@ -13,7 +13,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from protos.cost_model import CostModel
 from protos.types import FinishReason, GenerateRequest, Role
-from router.config import RouterConfig
+from router.config import DecodePolicyName, RouterConfig
 from router.events import (
     AbortRequested,
     ClientCancelled,
@@ -51,6 +51,7 @@ configs = st.builds(
     cost=st.sampled_from((None, SECOND_PER_TOKEN)),
     ttft_slo_s=st.sampled_from((1.0, 20.0)),  # with the cost model and without, a few requests are in time
     pull_s_per_token=st.sampled_from((0.0, 0.1)),
+    decode_policy=st.sampled_from(get_args(DecodePolicyName)),
     policy=st.sampled_from([PolicyConfig(name) for name in get_args(PolicyName)]) | st.just(BY_AFFINITY),
 )
 picks = st.integers(0, 1_000_000)
@@ -229,7 +230,9 @@ class RouterMachine(RuleBasedStateMachine):
         assert len(self.router._by_client_id) == len(self.open)
         for view in self.router.view.workers.values():
             assert set(view.pending_tokens) == set(view.pending_us) <= self.open
-            assert set(view.placed_blocks) <= self.open
+            assert set(view.placed_blocks) == set(view.decoding) <= self.open
+            for request_id, decoding in view.decoding.items():
+                assert decoding is self.router._in_flight[request_id]
 
     @invariant()
     def each_request_runs_or_is_queued_once_or_waits(self) -> None:
@@ -295,6 +298,7 @@ class RouterMachine(RuleBasedStateMachine):
         for view in self.router.view.workers.values():
             assert not view.pending_tokens
             assert not view.placed_blocks
+            assert not view.decoding
             assert view.backlog_s == 0
         assert not self.router._queues._members
         assert not any(worker.jobs for worker in self.workers.values()), "every worker was told"

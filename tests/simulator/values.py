@@ -23,6 +23,8 @@ def setup(**changes: Any) -> Setup:
     scheduler: dict[str, Any] = {"max_model_len": 4096, "max_num_batched_tokens": 64, "max_num_seqs": 8}
     router = {field.name: changes.pop(field.name) for field in fields(RouterConfig) if field.name in changes}
     scheduler |= {field.name: changes.pop(field.name) for field in fields(SchedulerConfig) if field.name in changes}
+    if scheduler.get("pulls"):
+        router.setdefault("pull_s_per_token", scheduler["pulls"].s_per_token)
     values: dict[str, Any] = {
         "hardware": HARDWARE,
         "num_prefill": 2,

@@ -20,8 +20,18 @@ def view(home: Load, others: Load, num_tokens: int = 1000, pull_s: float = PULL_
     return FakeView(loads, num_tokens, pull_s_per_token=pull_s)
 
 
-def place(seen: FakeView, num_sampled: int = ALL, pulls: bool = True) -> Choice:
-    return HomePair(num_sampled, pulls).place(seen)
+def place(seen: FakeView, num_sampled: int = ALL, pulls: bool = True, affinity_s: float = -1.0) -> Choice:
+    """Without affinity, unless it is asked for."""
+    return HomePair(num_sampled, pulls, affinity_s).place(seen)
+
+
+def test_affinity_holds_until_its_time_is_over() -> None:
+    seen = view(Load(300, num_cached_tokens=800), Load(0))
+    choice = place(seen, affinity_s=0.5)  # 0.3 s of backlog and 0.2 s of its own, to the last bit
+    assert choice.reason == "affinity: TTFT 0.50 s with 800 tokens cached, at most 0.5 s"
+    assert away(seen, place(seen, affinity_s=0.49))
+    nothing_held = view(Load(300), Load(0))
+    assert away(nothing_held, place(nothing_held, affinity_s=10.0))
 
 
 def test_an_idle_home_keeps_its_prefix() -> None:
