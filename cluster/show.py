@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -71,23 +72,20 @@ def _candidates(title: str, candidates: tuple[RouteCandidate, ...], chosen: str)
 
 
 def status_tables(status: Status) -> list[Table]:
-    """Blocks are KV blocks; roles and addresses are in --json."""
-    workers = Table(
-        "worker", "state", "queued", "running", "waiting", "blocks", "free", "cached", "held", "leased", "ledger"
-    )
+    """Fit 80 columns. Blocks are KV blocks; roles and addresses are in --json."""
+    counts = ("blocks", "free", "cached", "held", "leased")
+    workers = Table("worker", "state", "queued/run/wait", *counts, "ledger", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for load in status.workers:
         numbers = (
-            load.num_queued,
-            load.num_running,
-            load.num_waiting,
             load.num_blocks,
             load.num_free_blocks,
             load.num_cached_blocks,
             load.num_held_blocks,
             load.num_leased_blocks,
         )
+        requests = f"{load.num_queued}/{load.num_running}/{load.num_waiting}"
         ledger = "ok" if load.ledger_balanced else "LEAK"
-        workers.add_row(load.worker_id, load.state, *map(str, numbers), ledger)
+        workers.add_row(load.worker_id, load.state, requests, *map(str, numbers), ledger)
     events = Table("at", "event")
     for event in status.events:
         events.add_row(time.strftime("%H:%M:%S", time.localtime(event.at_unix_s)), event.message)
