@@ -72,9 +72,9 @@ def _candidates(title: str, candidates: tuple[RouteCandidate, ...], chosen: str)
 
 
 def status_tables(status: Status) -> list[Table]:
-    """Fit 80 columns. Blocks are KV blocks; roles and addresses are in --json."""
+    """Fit 80 columns. q: queued at the router. Blocks are KV blocks; roles and addresses are in --json."""
     counts = ("blocks", "free", "cached", "held", "leased")
-    workers = Table("worker", "state", "queued/run/wait", *counts, "ledger", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    workers = Table("worker", "state", "q/run/wait", *counts, "ledger", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for load in status.workers:
         numbers = (
             load.num_blocks,
