@@ -136,14 +136,6 @@ class Result:
     def measured(self) -> tuple[RequestRecord, ...]:
         return self.records[self.setup.num_warmup :]
 
-    def attainment_over_time(self, interval_s: float) -> list[tuple[float, float]]:
-        """(end of the interval, share of the requests that arrived in it and met both SLOs)."""
-        slos = self.setup.router.ttft_slo_s, self.setup.router.tpot_slo_s
-        by_interval: dict[int, list[bool]] = {}
-        for record in self.records:
-            by_interval.setdefault(int(record.at_s // interval_s), []).append(record.meets(*slos))
-        return [((index + 1) * interval_s, fmean(met)) for index, met in sorted(by_interval.items())]
-
     def summary(self) -> Summary:
         """ValueError where the warm-up leaves no request."""
         measured = self.measured
