@@ -19,6 +19,7 @@ from router.policies.config import PolicyConfig, PolicyName
 from router.queue_order import QueueOrderName
 from simulator.generator import generate, preset
 from simulator.limits import reference_of
+from simulator.offered import Compressed
 from simulator.requests import SimRequest
 from simulator.runs import processes, run_all
 from simulator.setup import Setup, default_router, default_scheduler
@@ -66,7 +67,7 @@ def run(quick: bool) -> list[Figure]:
                 reference = reference_of(requests, setup).rate
                 rates = tuple(reference * share for share in DEFAULT_SHARES)
                 variants = variants_of(policies, orders, setup)
-                experiment = Experiment(requests, setup, variants, rates, seeds, tolerance)
+                experiment = Experiment(Compressed(requests), setup, variants, rates, seeds, tolerance)
                 figures += figures_of(f"{name}/{workers}", experiment, reference, pool)
     return figures
 

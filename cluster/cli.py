@@ -20,6 +20,7 @@ from cluster import show
 from cluster.client import Client
 from cluster.client_types import Access, CallFailed, Message, Prompt, Sampling
 from cluster.config import load_config
+from cluster.fit import fit
 from cluster.run_state import is_alive, running_servers
 from cluster.tenants import hash_of
 from simulator.command import simulate
@@ -32,6 +33,7 @@ app = typer.Typer(
 )
 app.add_typer(bench_app, name="bench")
 app.command()(simulate)
+app.command()(fit)
 console = Console(stderr=True)
 
 STOP_TIMEOUT_S = 20.0

@@ -44,7 +44,7 @@ def run(config: ServeConfig, on_progress: Progress, log_level: str) -> None:
     """Serve until SIGINT or SIGTERM. ValueError or OSError where the model, the address or Ray is not fit to serve.
 
     Ray comes first: it forks, which a process with gRPC threads must not do."""
-    facts = read_model_facts(model_folder(config.engine.model, config.hub_cache))
+    facts = read_model_facts(model_folder(config.engine.model, config.hub_cache)).as_run_by(config.engine)
     for listen in (config.router.listen, config.router.http_listen):
         _require_free(listen)
     read_key_and_chain(config.router)  # what is wrong with it should be known now, not once the model is loaded
@@ -167,6 +167,7 @@ def served_model(config: ServeConfig, facts: ModelFacts, hash_key: bytes) -> Ser
 def kv_estimate(config: ServeConfig, facts: ModelFacts) -> str:
     engine = config.engine
     layout = facts.kv_layout(engine.dtype, engine.block_size, engine.hash_block_size)
-    num_blocks = engine.num_blocks or num_blocks_for(engine.kv_cache_bytes, layout)
+    num_blocks = engine.fixed_num_blocks or num_blocks_for(engine.kv_cache_bytes, layout)
     mib = num_blocks * layout.block_nbytes / 2**20
-    return f"each worker fits {num_blocks * engine.block_size:,} tokens of KV ({num_blocks} blocks, {mib:,.0f} MiB)"
+    fits = f"each worker fits {num_blocks * engine.block_size:,} tokens of KV ({num_blocks} blocks, {mib:,.0f} MiB)"
+    return fits if engine.modelled is None else f"{fits}; steps are modelled: nothing is computed"

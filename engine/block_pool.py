@@ -68,6 +68,12 @@ class BlockPool:
             if block_id in self.cached:
                 self.cached.move_to_end(block_id, last=False)
 
+    def refresh(self, block_ids: Sequence[int]) -> None:
+        """Evict these after all others, first block first, as far as they are not in use."""
+        for block_id in block_ids:
+            if block_id in self.cached:
+                self.cached.move_to_end(block_id)
+
     def name(self, block_id: int, block_hash: bytes) -> None:
         """From now on the block is found by its hash. Where another block has it already, that one stays the one."""
         assert self.ref_cnt[block_id] > 0, block_id

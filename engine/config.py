@@ -29,6 +29,24 @@ class PullConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class HostTierConfig:
+    """Host memory as a second tier of the prefix cache.
+
+    Raises ValueError where a limit is below 1 or the cost is negative."""
+
+    num_blocks: int  # KV blocks in host memory
+    s_per_token: float  # what the KV of a token takes to come to the device
+    max_saving_blocks: int = 64  # on their way to host memory at once; the device cannot evict them meanwhile
+
+    def __post_init__(self) -> None:
+        for name in ("num_blocks", "max_saving_blocks"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not self.s_per_token >= 0:
+            raise ValueError(f"s_per_token must not be negative, got {self.s_per_token}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SchedulerConfig:
     """Raises ValueError where a limit is below 1 or the two block sizes do not fit."""
 
@@ -39,6 +57,7 @@ class SchedulerConfig:
     hash_block_size: int = 64  # tokens of one link of the hash chain: one value for the whole cluster
     enable_prefix_caching: bool = True
     pulls: PullConfig | None = None  # None: no prefix is fetched from or for another worker
+    host: HostTierConfig | None = None  # None: what the device evicts is gone
 
     def __post_init__(self) -> None:
         for name in ("max_model_len", "max_num_batched_tokens", "max_num_seqs", "block_size", "hash_block_size"):
@@ -48,8 +67,9 @@ class SchedulerConfig:
             raise ValueError(
                 f"block_size {self.block_size} is not a multiple of hash_block_size {self.hash_block_size}"
             )
-        if self.pulls is not None and not self.enable_prefix_caching:
-            raise ValueError("pulls need the prefix cache, enable_prefix_caching is False")
+        for name in ("pulls", "host"):
+            if getattr(self, name) is not None and not self.enable_prefix_caching:
+                raise ValueError(f"{name} must be None without the prefix cache, enable_prefix_caching is False")
 
     @property
     def links_per_block(self) -> int:

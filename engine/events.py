@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import StrEnum
 
 from protos.types import (
     Abort,
@@ -98,6 +99,21 @@ class ReturnOffered:
     block_hashes: tuple[bytes, ...]  # from the first block on
 
 
+@dataclass(frozen=True, slots=True)
+class Copied:
+    """All blocks of a CopyBlocks are where they were to go."""
+
+    copy_id: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class CopyLost:
+    """A CopyBlocks has failed, and nothing reads or writes its blocks any more."""
+
+    copy_id: bytes
+    reason: str
+
+
 Event = (
     Submitted
     | Abort
@@ -110,6 +126,8 @@ Event = (
     | PullRequested
     | PullRefused
     | ReturnOffered
+    | Copied
+    | CopyLost
 )
 
 # --- effects ------------------------------------------------------------------------------------------------------
@@ -129,7 +147,9 @@ class OpenTransfer:
 
 @dataclass(frozen=True, slots=True)
 class SendBlocks:
-    """Source: blocks [first_block, first_block + len(block_ids)) of the transfer are computed and leased."""
+    """Source: blocks [first_block, first_block + len(block_ids)) of the transfer are computed and leased.
+
+    Ids of a pull or a return may be num_blocks of the device and above: id - num_blocks is a block of host memory."""
 
     transfer_id: bytes
     first_block: int
@@ -211,6 +231,22 @@ class OfferReturn:
     block_hashes: tuple[bytes, ...]
 
 
+class CopyDirection(StrEnum):
+    TO_HOST = "to host"
+    TO_DEVICE = "to device"
+
+
+@dataclass(frozen=True, slots=True)
+class CopyBlocks:
+    """Copy blocks between the device and host memory, beside the steps; Copied or CopyLost follows. Nobody writes to
+    from_block_ids, nobody reads or writes to_block_ids until then. Both are numbered in their own memory, from 0."""
+
+    copy_id: bytes
+    direction: CopyDirection
+    from_block_ids: tuple[int, ...]
+    to_block_ids: tuple[int, ...]
+
+
 Effect = (
     TokenOutput
     | HandoffRefused
@@ -224,4 +260,5 @@ Effect = (
     | RequestPull
     | RefusePull
     | OfferReturn
+    | CopyBlocks
 )

@@ -17,7 +17,7 @@ from protos.block_hash import chain_hashes, chain_root, fold_links
 @dataclass(frozen=True, slots=True)
 class Ledger:
     """Where every block is. Balanced: free + cached + held + leased == total, no block in two places, and every
-    ref_cnt equal to the uses that the tables show."""
+    ref_cnt equal to the uses that the tables show; in host memory the same, where no request holds any."""
 
     free: int
     cached: int
@@ -25,6 +25,9 @@ class Ledger:
     leased: int  # only transfers use it
     total: int
     balanced: bool
+    host_cached: int = 0
+    host_leased: int = 0
+    host_total: int = 0
 
 
 class KVCacheManager:
@@ -37,6 +40,10 @@ class KVCacheManager:
         self._model_fingerprint = model_fingerprint
         self._tables: dict[Request, list[int]] = {}
         self._leases: dict[bytes, list[int]] = {}
+        self._unused: list[Sequence[bytes]] = []  # where there is host memory to save it to
+
+    def __contains__(self, block_hash: bytes) -> bool:
+        return self._pool.find(block_hash) is not None
 
     @property
     def num_blocks(self) -> int:
@@ -105,10 +112,22 @@ class KVCacheManager:
     def free(self, request: Request) -> None:
         """The request uses no blocks any more; what it borrowed from a home goes first where memory is short. What
         transfers lease stays leased."""
+        if self._config.host is not None and not request.return_worker_id:  # else its home keeps it
+            self._unused.append(self._block_hashes(request, 0, request.num_hashed_blocks))
         table = self._tables.pop(request, [])
         self._pool.release(table)
         self._pool.demote([table[place] for place in request.borrowed_blocks if place < len(table)])
         request.num_hashed_blocks = 0
+
+    def note_unused(self, hashes: Sequence[bytes]) -> None:
+        """A prefix that may be evicted from now on, for take_unused."""
+        if self._config.host is not None:
+            self._unused.append(hashes)
+
+    def take_unused(self) -> list[Sequence[bytes]]:
+        """The prefixes that have gone out of use since this was last asked, each from its first block on."""
+        unused, self._unused = self._unused, []
+        return unused
 
     # --- transfers ------------------------------------------------------------------------------------------------
 
@@ -165,6 +184,15 @@ class KVCacheManager:
             self._pool.acquire(found)
             self._leases[transfer_id] = list(found)
         return found
+
+    def lease_found(self, lease_id: bytes, hashes: Sequence[bytes]) -> list[int]:
+        """Lease these blocks, which are all here, whatever stands before them."""
+        assert lease_id not in self._leases
+        found = [block_id for each in hashes if (block_id := self._pool.find(each)) is not None]
+        assert len(found) == len(hashes)
+        self._pool.acquire(found)
+        self._leases[lease_id] = found
+        return list(found)
 
     def adopt(self, request: Request, transfer_id: bytes) -> None:
         """Make the transfer's blocks the request's table; the lease stays until it is released."""

@@ -9,12 +9,15 @@ from collections.abc import Callable, Sequence
 
 from engine.events import Effect, Submitted
 from engine.model_runner import ModelRunner
+from engine.modelled_runner import ModelledRunner
 from engine.worker_core import WorkerCore
 from protos.types import FinishReason, GenerateRequest, TokenOutput
 
 
 class LocalEngine:
-    def __init__(self, core: WorkerCore, runner: ModelRunner, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, core: WorkerCore, runner: ModelRunner | ModelledRunner, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self._core = core
         self._runner = runner
         self._clock = clock

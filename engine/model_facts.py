@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,8 @@ from typing import Any
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PreTrainedConfig
 
+from engine.modelled_runner import HEAD_DIM, NUM_KV_HEADS, NUM_LAYERS
+from engine.worker_config import EngineConfig
 from protos.types import KVLayout
 
 # Each has golden tests against transformers: tests/engine/test_model_families.py.
@@ -74,6 +76,22 @@ class ModelFacts:
             block_size=block_size,
             hash_block_size=hash_block_size,
             itemsize=ITEMSIZES[dtype],
+        )
+
+    def as_run_by(self, engine: EngineConfig) -> ModelFacts:
+        """Of the model itself or, where steps are modelled, of what stands in for it: the same tokens, contexts as long
+        as the hardware holds, and KV that is there only to be moved."""
+        hardware = engine.modelled_hardware
+        if hardware is None:
+            return self
+        return replace(
+            self,
+            architecture="modelled",
+            max_model_len=hardware.num_kv_tokens,
+            num_layers=NUM_LAYERS,
+            num_kv_heads=NUM_KV_HEADS,
+            head_dim=HEAD_DIM,
+            sliding_window=None,
         )
 
 

@@ -87,7 +87,7 @@ class PullDestination:
     def add(self, request: Request, now: float) -> list[Effect]:
         """Wait for a pull under way that brings what it lacks, ask a home for it, or queue for computing it here."""
         if self._config is None:
-            self._scheduler.add(request)
+            self._queue(request, now)
             return []
         hashes, num_held = self._manager.prefix(request)
         if not self._is_worth_it(request, len(hashes) - num_held, now):

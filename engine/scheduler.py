@@ -238,7 +238,7 @@ class Scheduler:
             sampled = sampled[:1]  # the next one is the destination's
         taken = request.append(sampled, self._config.max_model_len, now)
         num_extra = len(taken) - 1
-        if num_extra and request.finish_reason is None and self._manager.allocate_slots(request, num_extra):
+        if num_extra and self._manager.allocate_slots(request, num_extra):
             request.num_computed_tokens += num_extra
         return taken
 

@@ -8,6 +8,7 @@ import contextlib
 import logging
 import os
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -16,8 +17,9 @@ import torch
 
 from engine.config import SchedulerConfig
 from engine.engine_thread import EngineThread
-from engine.model_loader import LoadedModel, load_model
+from engine.model_loader import ModelFacts, load_model, read_model_facts
 from engine.model_runner import ModelRunner
+from engine.modelled_runner import ModelledRunner
 from engine.paged_kv_cache import PagedKVCache, num_blocks_for
 from engine.transfer_port import TransferPort
 from engine.worker_config import EngineConfig, WorkerSpec
@@ -53,7 +55,6 @@ class Worker:
         self._spec = spec
         self._make_transfers = make_transfers
         self._progress = "created"
-        self._loaded: LoadedModel | None = None
         self._tasks: list[asyncio.Task[None]] = []
 
     async def progress(self) -> str:
@@ -61,8 +62,9 @@ class Worker:
         return self._progress
 
     async def load(self) -> None:
-        """Take the address, read the weights, allocate the KV cache. ModelLoadError (a ValueError) names what is wrong
-        with the model; a ValueError says that the address cannot be had, before minutes are spent on weights."""
+        """Take the address, read the weights where there are any to run, allocate the KV cache. ModelLoadError (a
+        ValueError) names what is wrong with the model; a ValueError says that the address cannot be had, before minutes
+        are spent on weights."""
         self._server, self._address = bound_server(self._spec)
         await asyncio.to_thread(self._load)
 
@@ -70,26 +72,33 @@ class Worker:
         engine = self._spec.engine
         torch.set_num_threads(engine.num_threads)
         self._progress = "reading weights"
-        loaded = load_model(engine.model, engine.dtype, engine.device, engine.fused)
-        layout = loaded.facts.kv_layout(engine.dtype, engine.block_size, engine.hash_block_size)
-        self._progress = "allocating KV blocks"
-        num_blocks = engine.num_blocks or num_blocks_for(engine.kv_cache_bytes, layout)
-        self._kv_cache = PagedKVCache(layout, num_blocks, engine.device)
-        self._runner = ModelRunner(loaded, self._kv_cache)
-        self._config = scheduler_config(engine, loaded.facts.max_model_len)
-        self._loaded = loaded
+        if engine.modelled_hardware is None:
+            loaded = load_model(engine.model, engine.dtype, engine.device, engine.fused)
+            self._allocate(loaded.facts)
+            self._execute = ModelRunner(loaded, self._kv_cache).execute
+        else:
+            self._allocate(read_model_facts(engine.model).as_run_by(engine))
+            self._execute = ModelledRunner(engine.modelled_hardware.cost, time.sleep).execute
         self._progress = "loaded"
+
+    def _allocate(self, facts: ModelFacts) -> None:
+        self._progress = "allocating KV blocks"
+        engine = self._spec.engine
+        layout = facts.kv_layout(engine.dtype, engine.block_size, engine.hash_block_size)
+        num_blocks = engine.fixed_num_blocks or num_blocks_for(engine.kv_cache_bytes, layout)
+        self._kv_cache = PagedKVCache(layout, num_blocks, engine.device)
+        self._config = scheduler_config(engine, facts.max_model_len)
+        self._facts = facts
 
     async def serve(self) -> WorkerReady:
         """Listen for routers and peers; the lease starts with the first router."""
         threading.excepthook = _end_on_crash
-        assert self._loaded is not None
-        fingerprint = self._loaded.facts.fingerprint
+        fingerprint = self._facts.fingerprint
         core = WorkerCore(self._config, self._kv_cache.num_blocks, self._spec.hash_key, fingerprint)
         me = PeerRef(self._spec.worker_id, self._spec.incarnation, self._address, self._spec.role)
         host = WorkerHost(me, fingerprint, self._spec.lease, on_end=end_process)
         self._transfers = self._make_transfers(me, self._kv_cache, host)
-        self._engine = EngineThread(core, self._runner.execute, host.deliver, host.crashed)
+        self._engine = EngineThread(core, self._execute, host.deliver, host.crashed)
         host.wire(self._engine, self._transfers)
         pb_grpc.add_WorkerServicer_to_server(host, self._server)
         self._transfers.add_to_server(self._server)

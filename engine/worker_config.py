@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from protos.cost_model import HARDWARE, Hardware
 from protos.types import Role
 
 
@@ -21,9 +22,10 @@ class EngineConfig:
     block_size: int = 64  # of KV, a multiple of hash_block_size
     hash_block_size: int = 64  # that one link of a prompt's hash chain covers; what prefixes are matched by
     kv_cache_bytes: int = 256 << 20  # of each worker
-    num_blocks: int | None = None  # overrides kv_cache_bytes
+    num_blocks: int | None = None  # overrides kv_cache_bytes and what modelled hardware holds
     enable_prefix_caching: bool = True  # keep blocks of ended requests, and find them by their hashes
     fused: bool = True  # faster layers in place of transformers' own
+    modelled: str | Hardware | None = None  # steps compute nothing and take as long as on this (docs/simulator.md)
 
     def __post_init__(self) -> None:
         for name in ("num_threads", "max_num_batched_tokens", "max_num_seqs", "block_size", "hash_block_size"):
@@ -33,6 +35,24 @@ class EngineConfig:
             raise ValueError(
                 f"block_size {self.block_size} is not a multiple of hash_block_size {self.hash_block_size}"
             )
+        if isinstance(self.modelled, str) and self.modelled not in HARDWARE:
+            rows = ", ".join(HARDWARE)
+            raise ValueError(f"modelled must be one of {rows}, or costs and memory, not {self.modelled!r}")
+        if self.fixed_num_blocks is not None and self.fixed_num_blocks < 1:
+            raise ValueError("num_blocks, or num_kv_tokens of what is modelled, must make at least one block")
+
+    @property
+    def modelled_hardware(self) -> Hardware | None:
+        """None: workers run the model."""
+        return HARDWARE[self.modelled] if isinstance(self.modelled, str) else self.modelled
+
+    @property
+    def fixed_num_blocks(self) -> int | None:
+        """KV blocks of one worker; None: as many as kv_cache_bytes holds."""
+        hardware = self.modelled_hardware
+        if self.num_blocks is not None or hardware is None:
+            return self.num_blocks
+        return hardware.num_kv_tokens // self.block_size
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,10 +4,13 @@ and when blocks are free; a shell runs the steps, moves the KV and talks to the 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import count
 
 from engine.config import SchedulerConfig
 from engine.events import (
+    Copied,
+    CopyLost,
     Effect,
     Event,
     OfferReturn,
@@ -23,6 +26,9 @@ from engine.events import (
 )
 from engine.handoff_destination import HandoffDestination
 from engine.handoff_source import HandoffSource
+from engine.host_cache import HostCache
+from engine.host_loads import HostLoads
+from engine.host_saves import HostSaves
 from engine.kv_cache_manager import KVCacheManager, Ledger
 from engine.prefill_speed import PrefillSpeed
 from engine.pull_destination import PullDestination
@@ -31,6 +37,7 @@ from engine.request import Request
 from engine.return_destination import ReturnDestination
 from engine.scheduler import Progress, Scheduler
 from engine.scheduler_output import SchedulerOutput, StepResult
+from engine.step_costs import StepCosts
 from protos.types import (
     Abort,
     FinishReason,
@@ -44,7 +51,7 @@ from protos.types import (
 
 class WorkerCore:
     """Invariant: every request here stands in `_requests`, one life of it at a time; blocks are held by those requests,
-    by lives that ended during the step under way, or leased to transfers.
+    by lives that ended during the step under way, or leased to transfers and copies.
 
     Events may come at any time, also while a step is under way. Late, repeated and unknown ones change nothing."""
 
@@ -58,6 +65,7 @@ class WorkerCore:
         new_pull_id: Callable[[], bytes] | None = None,
     ) -> None:
         """worker_id and new_pull_id (128 random bits, used once) are needed where the config has pulls."""
+        self._config = config
         self._worker_id = worker_id
         self._gives_returns = config.pulls is not None and config.pulls.max_returns > 0
         self._manager = KVCacheManager(config, num_blocks, hash_key, model_fingerprint)
@@ -65,15 +73,28 @@ class WorkerCore:
         self._source = HandoffSource(config, self._scheduler, self._manager)
         self._destination = HandoffDestination(config, self._scheduler, self._manager)
         self._speed = PrefillSpeed()
-        self._pull_source = PullSource(config, self._manager)
+        self._costs = StepCosts()
+        copy_numbers = count()
+
+        def new_copy_id() -> bytes:
+            return next(copy_numbers).to_bytes(8)  # leases go by it, too: ids of transfers are longer
+
+        host = HostCache(config.host)
+        self._host = host
+        self._saves = HostSaves(config.host, self._manager, host, new_copy_id)
+        self._loads = HostLoads(config, self._scheduler, self._manager, host, self._speed, new_copy_id)
+        self._pull_source = PullSource(config, self._manager, host)
         self._pulls = PullDestination(config, self._scheduler, self._manager, self._speed, worker_id, new_pull_id)
-        self._returns = ReturnDestination(config, self._scheduler, self._manager, new_pull_id)
+        self._returns = ReturnDestination(config, self._scheduler, self._manager, host, new_pull_id)
         self._requests: dict[str, Request] = {}
         self._arrivals = count()
 
     # --- events ---------------------------------------------------------------------------------------------------
 
     def on(self, event: Event, now: float) -> list[Effect]:
+        return [*self._on(event, now), *self._saves.start()]
+
+    def _on(self, event: Event, now: float) -> list[Effect]:
         match event:
             case Submitted(request):
                 return self._submit(request, now)
@@ -108,6 +129,8 @@ class WorkerCore:
                 return self._transfer_refused(event)
             case TransferClosed():
                 return self._transfer_closed(event)
+            case Copied() | CopyLost():
+                return self._on_copy(event, now)
 
     def abort_all(self, now: float, reason: str) -> list[Effect]:
         """Self-fencing: everything ends here without a word to the router, which may have given it to others."""
@@ -130,7 +153,12 @@ class WorkerCore:
         self._requests[request.request_id] = request
         if request.handoff_from is not None:
             return effects + self._destination.expect(request)
-        return effects + self._pulls.add(request, now)
+        return effects + self._find_prefix(request, now)
+
+    def _find_prefix(self, request: Request, now: float) -> list[Effect]:
+        """What is in host memory comes first; what is still lacking then comes from another worker, or is computed."""
+        loading = self._loads.add(request, now)
+        return self._pulls.add(request, now) if loading is None else [*loading]
 
     def _on_pull(self, event: TransferOffered | TransferArrived | TransferLost, now: float) -> list[Effect]:
         match event:
@@ -150,6 +178,21 @@ class WorkerCore:
             case TransferLost():
                 self._returns.lost(event.transfer_id)
         return []
+
+    def _on_copy(self, event: Copied | CopyLost, now: float) -> list[Effect]:
+        copy_id, effects = event.copy_id, list[Effect]()
+        match event:
+            case Copied() if self._saves.awaits(copy_id):
+                self._saves.copied(copy_id)
+            case CopyLost() if self._saves.awaits(copy_id):
+                self._saves.lost(copy_id)
+            case Copied() if self._loads.awaits(copy_id):
+                for request in self._loads.copied(copy_id):
+                    effects += self._find_prefix(request, now)
+            case CopyLost() if self._loads.awaits(copy_id):
+                for request in self._loads.lost(copy_id):
+                    effects += self._pulls.add(request, now)
+        return effects
 
     def _abort(self, event: Abort) -> list[Effect]:
         request = self._find(event.request_id, event.attempt)
@@ -186,17 +229,18 @@ class WorkerCore:
             request = self._requests[scheduled.request_id]
             if request.handoff_to is not None and not request.opened_transfer_ids:
                 effects += self._source.open(request)
-        return output, effects
+        return output, [*effects, *self._saves.start()]
 
     def update_from_output(self, output: SchedulerOutput, result: StepResult, now: float) -> list[Effect]:
         effects: list[Effect] = []
         for progress in self._scheduler.update_from_output(output, result, now):
             effects += self._after_progress(progress)
-        return effects
+        return [*effects, *self._saves.start()]
 
     def note_step(self, output: SchedulerOutput, duration_s: float) -> None:
-        """What the step took, to know what prefill costs here."""
+        """What the step took, to know what steps cost here."""
         self._speed.note_step(output, duration_s)
+        self._costs.note_step(output, duration_s)
 
     def _after_progress(self, progress: Progress) -> list[Effect]:
         request = progress.request
@@ -229,16 +273,28 @@ class WorkerCore:
 
     # --- what others may know -------------------------------------------------------------------------------------
 
+    @property
+    def num_loaded_tokens(self) -> int:
+        """From host memory."""
+        return self._loads.num_loaded_blocks * self._config.block_size
+
     def ledger(self) -> Ledger:
-        return self._manager.ledger()
+        ledger, host = self._manager.ledger(), self._host
+        return replace(
+            ledger,
+            balanced=ledger.balanced and host.is_balanced,
+            host_cached=host.num_cached_blocks,
+            host_leased=host.num_leased_blocks,
+            host_total=host.num_blocks,
+        )
 
     def stats(self) -> WorkerStats:
         """Recomputes the ledger, so not for every step. warm_links are the transfer agent's to add."""
         ledger = self.ledger()
-        queued = (*self._scheduler.waiting, *self._scheduler.running, *self._pulls.requests)
+        queued = (*self._scheduler.waiting, *self._scheduler.running, *self._pulls.requests, *self._loads.requests)
         return WorkerStats(
             num_running=len(self._scheduler.running),
-            num_waiting=len(self._scheduler.waiting) + len(self._destination) + len(self._pulls),
+            num_waiting=len(self._scheduler.waiting) + len(self._destination) + len(self._pulls) + len(self._loads),
             num_blocks=ledger.total,
             num_free_blocks=ledger.free,
             num_cached_blocks=ledger.cached,
@@ -248,6 +304,7 @@ class WorkerCore:
             num_pending_prefill_tokens=sum(request.num_pending_prefill_tokens for request in queued),
             prefill_s_per_token=self._speed.s_per_token,
             num_steps=self._scheduler.num_steps,
+            step_moments=self._costs.moments(),
         )
 
     # --- inside ---------------------------------------------------------------------------------------------------
@@ -259,7 +316,10 @@ class WorkerCore:
     def _end(self, request: Request, reason: str) -> list[Effect]:
         """Forget the request; its transfers end too."""
         del self._requests[request.request_id]
-        if request in self._pulls:
+        effects: list[Effect] = []
+        if request in self._loads:
+            self._loads.end(request)
+        elif request in self._pulls:
             effects = self._pulls.end(request, reason)
         else:
             effects = self._source.end(request, reason) + self._destination.end(request, reason)

@@ -15,6 +15,7 @@ from engine.engine_thread import EngineThread
 from engine.events import (
     AbortTransfer,
     CommitTransfer,
+    CopyBlocks,
     Effect,
     Event,
     ExpectTransfer,
@@ -170,8 +171,8 @@ class WorkerHost(pb_grpc.WorkerServicer):
                     self._transfers.grant(transfer_id, num_held_blocks, block_ids)
                 case RefuseTransfer(transfer_id, reason):
                     self._transfers.refuse(transfer_id, reason)
-                case RequestPull() | RefusePull() | OfferReturn():
-                    raise AssertionError(f"no wire for {effect}: SchedulerConfig.pulls must be None here")
+                case RequestPull() | RefusePull() | OfferReturn() | CopyBlocks():
+                    raise AssertionError(f"no wire for {effect}: SchedulerConfig.pulls and host must be None here")
 
     # --- KV transfers (kvtransfer.agent.TransferHost) ----------------------------------------------------------------
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from typing import Any
 
 import grpc
@@ -90,7 +91,7 @@ class TransferAgent:
 
     @property
     def stats(self) -> TransferStats:
-        return self.counters.stats()
+        return replace(self.counters.stats(), block_nbytes=self._store.layout.block_nbytes)
 
     @property
     def open_transfers(self) -> int:

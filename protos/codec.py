@@ -7,6 +7,7 @@ from array import array
 from collections.abc import Iterable
 
 from protos import worker_pb2 as pb
+from protos.step_moments import StepKind, StepMoments
 from protos.types import (
     Abort,
     FinishReason,
@@ -259,12 +260,17 @@ def _output_from_proto(message: pb.TokenOutput) -> TokenOutput:
 
 def _transfers_to_proto(transfers: TransferStats) -> pb.TransferStats:
     num_failed = {reason.value: num for reason, num in transfers.num_failed}
-    return pb.TransferStats(num_completed=transfers.num_completed, num_bytes=transfers.num_bytes, num_failed=num_failed)
+    return pb.TransferStats(
+        num_completed=transfers.num_completed,
+        num_bytes=transfers.num_bytes,
+        num_failed=num_failed,
+        block_nbytes=transfers.block_nbytes,
+    )
 
 
 def _transfers_from_proto(message: pb.TransferStats) -> TransferStats:
     num_failed = tuple((TransferFailure(reason), num) for reason, num in sorted(message.num_failed.items()))
-    return TransferStats(message.num_completed, message.num_bytes, num_failed)
+    return TransferStats(message.num_completed, message.num_bytes, num_failed, message.block_nbytes)
 
 
 def _stats_to_proto(stats: WorkerStats) -> pb.WorkerStats:
@@ -282,6 +288,7 @@ def _stats_to_proto(stats: WorkerStats) -> pb.WorkerStats:
         warm_links=stats.warm_links,
         num_steps=stats.num_steps,
         transfers=_transfers_to_proto(stats.transfers),
+        step_moments=[pb.StepMoments(kind=each.kind.value, sums=each.sums) for each in stats.step_moments],
     )
 
 
@@ -300,6 +307,7 @@ def _stats_from_proto(message: pb.WorkerStats) -> WorkerStats:
         warm_links=tuple(message.warm_links),
         num_steps=message.num_steps,
         transfers=_transfers_from_proto(message.transfers),
+        step_moments=tuple(StepMoments(StepKind(each.kind), tuple(each.sums)) for each in message.step_moments),
     )
 
 

@@ -7,6 +7,8 @@ from array import array
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+from protos.step_moments import StepMoments
+
 PROTOCOL_VERSION = 1
 
 
@@ -177,6 +179,7 @@ class TransferStats:
     num_completed: int = 0  # received whole
     num_bytes: int = 0  # received
     num_failed: tuple[tuple[TransferFailure, int], ...] = ()  # by name
+    block_nbytes: int = 0  # of one KV block, as it travels
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,6 +197,7 @@ class WorkerStats:
     warm_links: tuple[str, ...] = ()
     num_steps: int = 0
     transfers: TransferStats = TransferStats()
+    step_moments: tuple[StepMoments, ...] = ()  # of the kinds of steps that there were, by name
 
 
 @dataclass(frozen=True, slots=True)

@@ -246,7 +246,7 @@ class WorkerHello(_message.Message):
     def __init__(self, protocol_version: _Optional[int] = ..., worker_id: _Optional[str] = ..., incarnation: _Optional[str] = ..., role: _Optional[str] = ..., model_fingerprint: _Optional[str] = ..., pid: _Optional[int] = ...) -> None: ...
 
 class TransferStats(_message.Message):
-    __slots__ = ("num_completed", "num_bytes", "num_failed")
+    __slots__ = ("num_completed", "num_bytes", "num_failed", "block_nbytes")
     class NumFailedEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -257,13 +257,23 @@ class TransferStats(_message.Message):
     NUM_COMPLETED_FIELD_NUMBER: _ClassVar[int]
     NUM_BYTES_FIELD_NUMBER: _ClassVar[int]
     NUM_FAILED_FIELD_NUMBER: _ClassVar[int]
+    BLOCK_NBYTES_FIELD_NUMBER: _ClassVar[int]
     num_completed: int
     num_bytes: int
     num_failed: _containers.ScalarMap[str, int]
-    def __init__(self, num_completed: _Optional[int] = ..., num_bytes: _Optional[int] = ..., num_failed: _Optional[_Mapping[str, int]] = ...) -> None: ...
+    block_nbytes: int
+    def __init__(self, num_completed: _Optional[int] = ..., num_bytes: _Optional[int] = ..., num_failed: _Optional[_Mapping[str, int]] = ..., block_nbytes: _Optional[int] = ...) -> None: ...
+
+class StepMoments(_message.Message):
+    __slots__ = ("kind", "sums")
+    KIND_FIELD_NUMBER: _ClassVar[int]
+    SUMS_FIELD_NUMBER: _ClassVar[int]
+    kind: str
+    sums: _containers.RepeatedScalarFieldContainer[float]
+    def __init__(self, kind: _Optional[str] = ..., sums: _Optional[_Iterable[float]] = ...) -> None: ...
 
 class WorkerStats(_message.Message):
-    __slots__ = ("num_running", "num_waiting", "num_blocks", "num_free_blocks", "num_cached_blocks", "num_held_blocks", "num_leased_blocks", "ledger_balanced", "num_pending_prefill_tokens", "prefill_s_per_token", "warm_links", "num_steps", "transfers")
+    __slots__ = ("num_running", "num_waiting", "num_blocks", "num_free_blocks", "num_cached_blocks", "num_held_blocks", "num_leased_blocks", "ledger_balanced", "num_pending_prefill_tokens", "prefill_s_per_token", "warm_links", "num_steps", "transfers", "step_moments")
     NUM_RUNNING_FIELD_NUMBER: _ClassVar[int]
     NUM_WAITING_FIELD_NUMBER: _ClassVar[int]
     NUM_BLOCKS_FIELD_NUMBER: _ClassVar[int]
@@ -277,6 +287,7 @@ class WorkerStats(_message.Message):
     WARM_LINKS_FIELD_NUMBER: _ClassVar[int]
     NUM_STEPS_FIELD_NUMBER: _ClassVar[int]
     TRANSFERS_FIELD_NUMBER: _ClassVar[int]
+    STEP_MOMENTS_FIELD_NUMBER: _ClassVar[int]
     num_running: int
     num_waiting: int
     num_blocks: int
@@ -290,7 +301,8 @@ class WorkerStats(_message.Message):
     warm_links: _containers.RepeatedScalarFieldContainer[str]
     num_steps: int
     transfers: TransferStats
-    def __init__(self, num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., num_blocks: _Optional[int] = ..., num_free_blocks: _Optional[int] = ..., num_cached_blocks: _Optional[int] = ..., num_held_blocks: _Optional[int] = ..., num_leased_blocks: _Optional[int] = ..., ledger_balanced: _Optional[bool] = ..., num_pending_prefill_tokens: _Optional[int] = ..., prefill_s_per_token: _Optional[float] = ..., warm_links: _Optional[_Iterable[str]] = ..., num_steps: _Optional[int] = ..., transfers: _Optional[_Union[TransferStats, _Mapping]] = ...) -> None: ...
+    step_moments: _containers.RepeatedCompositeFieldContainer[StepMoments]
+    def __init__(self, num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., num_blocks: _Optional[int] = ..., num_free_blocks: _Optional[int] = ..., num_cached_blocks: _Optional[int] = ..., num_held_blocks: _Optional[int] = ..., num_leased_blocks: _Optional[int] = ..., ledger_balanced: _Optional[bool] = ..., num_pending_prefill_tokens: _Optional[int] = ..., prefill_s_per_token: _Optional[float] = ..., warm_links: _Optional[_Iterable[str]] = ..., num_steps: _Optional[int] = ..., transfers: _Optional[_Union[TransferStats, _Mapping]] = ..., step_moments: _Optional[_Iterable[_Union[StepMoments, _Mapping]]] = ...) -> None: ...
 
 class WorkerFrame(_message.Message):
     __slots__ = ("hello", "heartbeat", "outputs", "refusals", "stats")

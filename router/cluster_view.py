@@ -12,6 +12,7 @@ from router.config import RouterConfig
 from router.decode_peak import Decoding
 from router.hash_ring import RingPair
 from router.key_depth import KeyDepths
+from router.last_places import LastPlaces
 from router.policy import Candidate, by_pending, by_room
 from router.prefix_index import PrefixIndex
 from router.queue_order import make_order
@@ -59,6 +60,7 @@ class WorkerView:
         self.queue = WorkerQueue(order, config.dispatch_tokens, lambda: on_load(self))
         self.rebalanced_at = float("-inf")  # when its queue was last looked through
         self._cost = config.cost
+        self._estimates_by_order = config.estimates_by_order
 
     @property
     def worker_id(self) -> str:
@@ -90,12 +92,12 @@ class WorkerView:
             return self.pending_tokens.total * self.stats.prefill_s_per_token
         return self.pending_us.total / 1e6
 
-    @property
-    def backlog_s(self) -> float:
-        """The same, with what is queued."""
+    def backlog_s(self, prefill_s: float) -> float:
+        """How long a request that takes prefill_s would wait for its turn, by the order of the queue where estimates go
+        by that: else behind all that is queued."""
         if self._cost is None:
             return self.num_pending_tokens * self.stats.prefill_s_per_token
-        return self.sent_s + self.queue.work_s
+        return self.sent_s + (self.queue.work_before_s(prefill_s) if self._estimates_by_order else self.queue.work_s)
 
     def prefill_s(self, num_new_tokens: int, num_cached_tokens: int) -> float:
         """By the cost model, else as the worker has measured: 0 until it has."""
@@ -139,6 +141,7 @@ class ClusterView:
         self._depths = KeyDepths(config.key_depth) if config.adapts_key_depth else None
         self.prefill_worker_ids: list[str] = []  # sorted: the same in every router
         self.num_pending_tokens = 0  # of all that prefill
+        self._last_places = LastPlaces()
         self._counted: dict[str, int] = defaultdict(int)  # what each has added to it
         self._changed: dict[str, WorkerView] = {}  # their load has changed while requests were queued
 
@@ -210,10 +213,21 @@ class ClusterView:
         key = self.home_key(links)
         return () if key is None else self.rings.candidates(key)
 
+    def note_placed(self, view: WorkerView, links: Sequence[bytes]) -> None:
+        """It is going to compute this chain: those that follow may count on it from now on."""
+        view.prefixes.note(links)
+        self._last_places.note(links, view.worker_id)
+
+    def last_place(self, links: Sequence[bytes]) -> str | None:
+        """The worker, where it is up, that was given the longest prompt which this one continues or repeats."""
+        worker_id = self._last_places.find(links)
+        return worker_id if worker_id in self.rings.members else None
+
     def candidate(self, view: WorkerView, links: Sequence[bytes], num_tokens: int) -> Candidate:
         block = self._config.hash_block_size
         # The last token is always computed, so that there is something to sample from: it never counts as cached.
         num_cached_tokens = min(view.prefixes.num_matching(links) * block, (num_tokens - 1) // block * block)
+        prefill_s = view.prefill_s(num_tokens - num_cached_tokens, num_cached_tokens)
         return Candidate(
             worker_id=view.worker_id,
             num_cached_tokens=num_cached_tokens,
@@ -221,8 +235,8 @@ class ClusterView:
             num_blocks=view.stats.num_blocks,
             num_free_blocks=view.num_free_blocks,
             num_requests=view.num_requests,
-            backlog_s=view.backlog_s,
-            prefill_s=view.prefill_s(num_tokens - num_cached_tokens, num_cached_tokens),
+            backlog_s=view.backlog_s(prefill_s),
+            prefill_s=prefill_s,
         )
 
     def _rank(self, view: WorkerView) -> None:

@@ -41,6 +41,7 @@ class RouterConfig:
     # Queues of the router, one for each worker that prefills
     dispatch_tokens: int = 0  # sent to a worker and not yet prefilled, before more wait here; 0: all are sent at once
     queue_order: QueueOrderName = "first_come"  # of requests with the same priority
+    estimates_by_order: bool = True  # a wait is what the order puts before a request; off: all that is queued there
     max_queue_wait_s: float = 30.0  # whoever has waited longer goes first, in every order
     rebalances: bool = False  # queued requests move within their home pair when they would miss ttft_slo_s
     cost: CostModel | None = None  # of a worker's steps; without one, estimates go by what the worker has measured

@@ -96,7 +96,7 @@ class Planner:
         if self._config.policy.name == "home_pair":
             others |= dict.fromkeys(request.sample(self._config.policy.num_sampled))
         others.pop(plan.prefill.worker_id, None)
-        free = [worker_id for worker_id in others if self._view.workers[worker_id].backlog_s < within_s]
+        free = [worker_id for worker_id in others if self._view.workers[worker_id].backlog_s(plan.prefill_s) < within_s]
         return [self._plan_prefill(request, Choice(worker_id, "")) for worker_id in free]
 
     def refusal(self, plan: Plan, priority: int, deadline_s: float | None) -> Refusal | None:

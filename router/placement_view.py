@@ -61,8 +61,14 @@ class RequestView:
         earlier = (self._view.rings.candidates(key) for key in self._view.earlier_keys(self.links))
         return [one for one in dict.fromkeys(chain.from_iterable(earlier)) if one not in home]
 
+    def last_place(self) -> str | None:
+        return self._view.last_place(self.links)
+
     def ring(self, key: bytes) -> Iterator[str]:
         return self._view.rings.rings[0].walk(key)
+
+    def backlog_s(self, worker_id: str, prefill_s: float) -> float:
+        return self._view.workers[worker_id].backlog_s(prefill_s)
 
     def prefill_s(self, worker_id: str, num_cached_tokens: int) -> float:
         return self._view.workers[worker_id].prefill_s(self.num_tokens - num_cached_tokens, num_cached_tokens)

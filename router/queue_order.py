@@ -36,6 +36,10 @@ Planned = tuple[bool, Queued]  # whether it will be late, by the plan
 class QueueOrder(Protocol):
     """Entries have distinct request ids. `start_s`: how long the worker is still busy with what it was sent."""
 
+    @property
+    def puts_short_first(self) -> bool:
+        """Whether a long one waits for shorter ones that come after it, on the whole."""
+
     def __len__(self) -> int: ...
 
     def add(self, entry: Queued) -> None: ...
@@ -78,6 +82,7 @@ class KeyedOrder:
     """By a key that stays as it was when the request came. O(log n) for each request that comes and goes."""
 
     def __init__(self, key: Callable[[Queued], Key], max_wait_s: float) -> None:
+        self.puts_short_first = key is _length
         self._max_wait_s = max_wait_s
         self._entries: dict[str, Queued] = {}
         self._key = _after_priority(key)
@@ -111,6 +116,8 @@ class MooreHodgson:
     One that is late even if it started now can never be on time again, and stays behind in a heap. So the plan, made
     again when the set has changed, is O(m log m) in the m requests that came within the SLO, not in the queue's length.
     Sending the plan's first does not change it: the others start when it ends, as planned."""
+
+    puts_short_first = True  # of those that make the set late it gives up the longest
 
     def __init__(self, max_wait_s: float) -> None:
         self._max_wait_s = max_wait_s

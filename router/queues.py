@@ -25,11 +25,10 @@ class Queues:
         self._changed: list[WorkerView] = []  # that may have room for one of theirs
 
     def put(self, in_flight: InFlight, plan: Plan) -> None:
-        """The worker's prefixes are noted now: those that follow may count on what it is going to compute."""
         assert in_flight.attempt is None and in_flight.queued is None
         in_flight.queued = plan
         self._members[in_flight.request_id] = in_flight
-        plan.prefill.prefixes.note(in_flight.links)
+        self._view.note_placed(plan.prefill, in_flight.links)
         plan.prefill.queue.put(self._entry(in_flight, plan))
 
     def leave(self, in_flight: InFlight) -> None:

@@ -178,7 +178,7 @@ class Router:
         in_flight.attempt = attempt
         request_id = in_flight.request_id
         plan.prefill.charge(request_id, plan.num_prefill_tokens, plan.prefill_s)
-        plan.prefill.prefixes.note(in_flight.links)
+        self.view.note_placed(plan.prefill, in_flight.links)
         submit = replace(in_flight.submit(attempt, now), handoff_to=attempt.handoff_to())
         # The decode worker first: it should know of the transfer when the prefill worker offers it.
         return [*self._place_decode(in_flight, attempt, now), Send(plan.prefill.worker_id, submits=(submit,))]

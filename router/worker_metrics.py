@@ -9,6 +9,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
+from protos.step_moments import TERMS, AllStepMoments
 from protos.types import Role, TransferFailure, WorkerStats
 from router.cluster_view import WorkerView
 from router.config import RouterConfig
@@ -33,6 +34,11 @@ GAUGES: tuple[tuple[str, str, Reader], ...] = (
         lambda stats: stats.prefill_s_per_token,
     ),
     ("warm_links", "Peers that KV can be sent to at once.", lambda stats: len(stats.warm_links)),
+    (
+        "kv_block_bytes",
+        "KV of one block, as it travels.",
+        lambda stats: stats.transfers.block_nbytes,
+    ),
     (
         "ledger_imbalance",
         "1 where KV blocks are unaccounted for, a leak; else 0.",
@@ -59,6 +65,7 @@ class ClusterCollector(Collector):
         self._config = config
         self._router = router
         self._status = status
+        self._moments = AllStepMoments()
 
     def collect(self) -> Iterator[Metric]:
         yield from self._of_router()
@@ -77,6 +84,7 @@ class ClusterCollector(Collector):
         yield _queued(views)
         yield _blocks(views)
         yield _failures(views)
+        yield self._step_moments(views)
 
     def _of_router(self) -> Iterator[Metric]:
         statistics = self._router.statistics
@@ -84,6 +92,7 @@ class ClusterCollector(Collector):
         yield GaugeMetricFamily("twinring_requests_in_flight", text, self._router.num_in_flight)
         yield GaugeMetricFamily("twinring_ttft_slo_seconds", "The setting ttft_slo_s.", self._config.ttft_slo_s)
         yield GaugeMetricFamily("twinring_tpot_slo_seconds", "The setting tpot_slo_s.", self._config.tpot_slo_s)
+        yield GaugeMetricFamily("twinring_kv_block_tokens", "The setting block_size.", self._config.block_size)
         yield CounterMetricFamily("twinring_failovers", "Attempts after the first.", statistics.num_failovers)
         text = "Queued requests moved to another worker."
         yield CounterMetricFamily("twinring_rebalanced", text, statistics.num_rebalanced)
@@ -107,6 +116,16 @@ class ClusterCollector(Collector):
         for worker in known:
             up.add_metric((worker.ref.worker_id, worker.ref.role.value), worker.is_up)
         yield up
+
+    def _step_moments(self, views: list[WorkerView]) -> Metric:
+        """Of all workers together: series for each of them would cost a scrape more than all others do."""
+        text = "Sums over the workers' engine steps that their costs are fitted from, by kind of step."
+        moments = CounterMetricFamily("twinring_step_moments", text, labels=("kind", "term"))
+        reported = {(view.worker_id, view.ref.incarnation): view.stats.step_moments for view in views}
+        for each in self._moments.of_all(reported):
+            for term, value in zip(TERMS, each.sums, strict=True):
+                moments.add_metric((each.kind.value, term), value)
+        return moments
 
 
 def _queued(views: list[WorkerView]) -> Metric:

@@ -7,22 +7,31 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from router.queue_order import Queued, QueueOrder
+from router.work_by_length import WorkByLength
 
 
 class WorkerQueue:
-    """Invariant: `num_tokens` and `work_s` are the sums over the entries; on_change is called after every change.
+    """Invariant: `num_tokens` and `_work` are the sums over the entries; on_change is called after every change.
 
     A request that is queued holds nothing on any worker."""
 
     def __init__(self, order: QueueOrder, dispatch_tokens: int, on_change: Callable[[], None]) -> None:
         self.num_tokens = 0
-        self.work_s = 0.0
+        self._work = WorkByLength()
         self._order = order
         self._dispatch_tokens = dispatch_tokens
         self._on_change = on_change
 
     def __len__(self) -> int:
         return len(self._order)
+
+    @property
+    def work_s(self) -> float:
+        return self._work.total_s
+
+    def work_before_s(self, prefill_s: float) -> float:
+        """What would go before a request that takes so long, as far as the order lets length decide: else all."""
+        return self._work.shorter_s(prefill_s) if self._order.puts_short_first else self.work_s
 
     def has_credit(self, num_sent_tokens: int) -> bool:
         """Whether one more may go, with so many sent and not yet prefilled: one request may overdraw it, so that one
@@ -32,7 +41,7 @@ class WorkerQueue:
     def put(self, entry: Queued) -> None:
         self._order.add(entry)
         self.num_tokens += entry.num_tokens
-        self.work_s += entry.prefill_s
+        self._work.add(entry.prefill_s)
         self._on_change()
 
     def remove(self, request_id: str) -> Queued | None:
@@ -40,8 +49,7 @@ class WorkerQueue:
         entry = self._order.remove(request_id)
         if entry is not None:
             self.num_tokens -= entry.num_tokens
-            # Sums of floats drift; an empty queue has no work.
-            self.work_s = max(0.0, self.work_s - entry.prefill_s) if len(self) else 0.0
+            self._work.remove(entry.prefill_s)
             self._on_change()
         return entry
 

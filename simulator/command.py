@@ -21,6 +21,12 @@ def simulate(
     rate: Annotated[
         str | None, typer.Option(help="Requests/s: 1,2,4 or 1..40:3 or 1..40. Default: around the reference rate.")
     ] = None,
+    sessions: Annotated[
+        str | None,
+        typer.Option(
+            help="How a rate is reached. keep: more sessions, pauses as they are (generated); compress (traces)."
+        ),
+    ] = None,
     seeds: Annotated[int, typer.Option(help="How many ring seeds.")] = 4,
     seed: Annotated[int, typer.Option(help="The first ring seed; also of jitter and generator.")] = 0,
     slo_ttft: Annotated[float, typer.Option(help="Seconds to the first token.")] = 5.0,
@@ -28,11 +34,19 @@ def simulate(
     jitter: Annotated[float, typer.Option(help="Seconds over which arrivals are spread; 3 for coarse ticks.")] = 0.0,
     cut: Annotated[int | None, typer.Option(help="Prompts end after so many tokens.")] = None,
     drop: Annotated[int | None, typer.Option(help="Prompts of more tokens are left out.")] = None,
-    warmup: Annotated[int, typer.Option(help="First requests that do not count.")] = 0,
+    warmup: Annotated[
+        int | None, typer.Option(help="First requests that do not count. Default: 0; with kept sessions a minute's.")
+    ] = None,
     dispatch_tokens: Annotated[
         int | None, typer.Option(help="Sent to a worker ahead of its work; 0: all. Default: two steps' worth.")
     ] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", help="E.g. router.rebalances=true.")] = None,
+    join: Annotated[list[str] | None, typer.Option(help="In mid-run: 60:prefill*4, at 60 s.")] = None,
+    leave: Annotated[list[str] | None, typer.Option(help="120:prefill-3; workers are prefill-0.., decode-0...")] = None,
+    fail: Annotated[list[str] | None, typer.Option(help="Silently: 60:prefill-2,prefill-5.")] = None,
+    window: Annotated[
+        float | None, typer.Option(help="Seconds of arrivals per point of the share in SLO over time.")
+    ] = None,
     skip_bad_lines: Annotated[bool, typer.Option("--skip-bad-lines", help="Go on without them.")] = False,
     goodput_search: Annotated[
         bool, typer.Option("--search/--no-search", help="Narrow goodput down between the rates.")
@@ -55,6 +69,7 @@ def simulate(
         hardware=hardware,
         num_kv_tokens=kv_tokens,
         rate=rate,
+        sessions=sessions,
         num_seeds=seeds,
         seed=seed,
         slo_ttft_s=slo_ttft,
@@ -65,6 +80,10 @@ def simulate(
         num_warmup=warmup,
         dispatch_tokens=dispatch_tokens,
         settings=tuple(set_ or ()),
+        joins=tuple(join or ()),
+        leaves=tuple(leave or ()),
+        fails=tuple(fail or ()),
+        window_s=window,
         skips_bad_lines=skip_bad_lines,
     )
     compare(plan, jobs, goodput_search, json, figure)

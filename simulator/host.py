@@ -10,6 +10,7 @@ from itertools import count
 from engine.events import (
     AbortTransfer,
     CommitTransfer,
+    CopyBlocks,
     Effect,
     ExpectTransfer,
     GrantTransfer,
@@ -28,6 +29,7 @@ from engine.worker_core import WorkerCore
 from protos.types import HandoffRefused, PeerRef, Role, TokenOutput, WorkerReport
 from router.events import Send
 from simulator.arrivals import HASH_KEY, MODEL
+from simulator.host_link import HostLink
 from simulator.setup import Setup
 from simulator.transfers import Links, TransferAgent
 from simulator.worker import SimulatedWorker
@@ -53,13 +55,15 @@ class SimulatedHost:
         def new_pull_id() -> bytes:
             return blake2b(f"{next(pull_numbers)} {me.incarnation}".encode(), digest_size=16).digest()
 
-        self.core = WorkerCore(setup.scheduler, setup.num_blocks, HASH_KEY, MODEL, me.worker_id, new_pull_id)
+        scheduler = setup.scheduler_of(me.role)
+        self.core = WorkerCore(scheduler, setup.num_blocks, HASH_KEY, MODEL, me.worker_id, new_pull_id)
         # One that only prefills hands over after its first token: a step of its own must not make more.
         fast_forwards = setup.fast_forwards and (setup.is_colocated or me.role is Role.DECODE)
         horizons = setup.horizons if fast_forwards else None
         cost = setup.hardware.cost
-        self.engine = SimulatedWorker(self.core, setup.scheduler, cost, self._clock, self._deliver, horizons)
+        self.engine = SimulatedWorker(self.core, scheduler, cost, self._clock, self._deliver, horizons)
         self.transfers = TransferAgent(me, links, self.engine.post)
+        self.host_link = HostLink(self._clock, setup.host_link_nbytes_per_s, setup.block_nbytes, self.engine.post)
 
     def take(self, send: Send) -> None:
         """From the router, in this order."""
@@ -98,7 +102,8 @@ class SimulatedHost:
                 self._request_pull(effect)
             case RefusePull(pull_id, destination, reason):
                 self._clock.after(self._message_s, self._refuse_pull, pull_id, destination, reason)
-
+            case CopyBlocks():
+                self.host_link.copy(effect)
             case OfferReturn(home_worker_id, request_id, attempt, block_hashes):
                 offered = ReturnOffered(self.me.worker_id, request_id, attempt, block_hashes)
                 self._clock.after(self._message_s, self._tell_home, home_worker_id, offered)

@@ -4,6 +4,7 @@ Plain arithmetic over a trace and a cost model; nothing is run."""
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from dataclasses import dataclass
 from statistics import fmean, median
 from typing import TYPE_CHECKING
@@ -13,6 +14,7 @@ from simulator.transforms import ideal_cached_tokens
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from simulator.offered import OfferedLoad
     from simulator.requests import SimRequest
     from simulator.setup import Setup
 
@@ -30,8 +32,9 @@ class Reference:
         return min(self.prefill_rate, self.decode_rate)
 
 
-def reference_of(requests: Sequence[SimRequest], setup: Setup) -> Reference:
-    prefill_s, decode_s = mean_prefill_s(requests, setup), mean_decode_s(requests, setup)
+def reference_of(requests: Sequence[SimRequest], setup: Setup, num_warmup: int = 0) -> Reference:
+    """Of the requests after the first num_warmup, which fill the cache."""
+    prefill_s, decode_s = mean_prefill_s(requests, setup, num_warmup), mean_decode_s(requests[num_warmup:], setup)
     if setup.is_colocated:
         both = setup.num_prefill / (prefill_s + decode_s)
         return Reference(both, both)
@@ -39,12 +42,23 @@ def reference_of(requests: Sequence[SimRequest], setup: Setup) -> Reference:
     return Reference(setup.num_prefill / prefill_s, decode_rate)
 
 
-def mean_prefill_s(requests: Sequence[SimRequest], setup: Setup) -> float:
+def reference_for(offered: OfferedLoad, setup: Setup) -> Reference:
+    """Of the requests as they come by themselves. At much higher rates the same number of them would see less of each
+    session, and a cache less of its use: an effect of short runs, which is none of the cluster's limits."""
+    return reference_of(offered.own, setup, num_before(offered.own, offered.warmup_s))
+
+
+def num_before(requests: Sequence[SimRequest], end_s: float) -> int:
+    """Of at most half the time, so that enough are left to count."""
+    return bisect_left(requests, min(end_s, requests[-1].at_s / 2), key=lambda request: request.at_s)
+
+
+def mean_prefill_s(requests: Sequence[SimRequest], setup: Setup, num_warmup: int = 0) -> float:
     """Of one worker's time per request, in full steps, where only what no earlier prompt had is computed."""
     cost, max_step = setup.hardware.cost, setup.scheduler.max_num_batched_tokens
     token_s = cost.prefill_s([(max_step, 0)]) - cost.prefill_s_per_token_pair * max_step**2 / 2
     times_s = []
-    for request, num_cached in zip(requests, ideal_cached_tokens(requests), strict=True):
+    for request, num_cached in list(zip(requests, ideal_cached_tokens(requests), strict=True))[num_warmup:]:
         num_new = request.num_prompt_tokens - num_cached
         pairs = num_new * (num_cached + num_new / 2)
         times_s.append(token_s / max_step * num_new + cost.prefill_s_per_token_pair * pairs)

@@ -41,10 +41,11 @@ class LoadProbe:
         """The interval since the last sample, of the workers that prefill and are up."""
         shares: dict[str, float] = {}
         for each in self._watched:
-            if each.left_at is not None or each.ref.role is not Role.PREFILL:
+            span_s = now - max(self._sampled_at, each.joined_at)
+            if each.left_at is not None or each.ref.role is not Role.PREFILL or span_s <= 0:  # 0: it joins just now
                 continue
             busy_s = each.engine.busy_until(now)
-            shares[each.ref.worker_id] = (busy_s - each.sampled_busy_s) / (now - max(self._sampled_at, each.joined_at))
+            shares[each.ref.worker_id] = (busy_s - each.sampled_busy_s) / span_s
             each.sampled_busy_s = busy_s
         pending = tuple(self._num_pending_tokens(worker_id) for worker_id in shares)
         self.samples.append(LoadSample(now, tuple(shares), tuple(shares.values()), pending))

@@ -12,13 +12,16 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from protos.cost_model import HARDWARE, Hardware
+from protos.hardware_file import hardware_from_json
 from router.policies.config import PolicyConfig
-from simulator.generator import generate, preset
-from simulator.limits import check_slos, reference_of
+from simulator.changes import changes_of, check_in_time
+from simulator.generator import preset, without_longer_contexts
+from simulator.limits import check_slos, reference_for
+from simulator.offered import WARMUP_S, Compressed, Generated, OfferedLoad, Regrouped
 from simulator.setup import Setup, default_router, default_scheduler
 from simulator.sweep import DEFAULT_SHARES, MIN_ATTAINMENT, Experiment, Variant, contender, parse_rates
 from simulator.traces import Trace, read_trace
-from simulator.transforms import jittered, renumbered, truncated, without_longer
+from simulator.transforms import jittered, renumbered, truncated, with_sessions, without_longer
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -50,6 +53,7 @@ class Plan:
     hardware: str
     num_kv_tokens: int | None
     rate: str | None
+    sessions: str | None
     num_seeds: int
     seed: int
     slo_ttft_s: float
@@ -57,10 +61,19 @@ class Plan:
     jitter_s: float
     cut: int | None
     drop: int | None
-    num_warmup: int
+    num_warmup: int | None
     dispatch_tokens: int | None
     settings: Sequence[str]
+    joins: Sequence[str]
+    leaves: Sequence[str]
+    fails: Sequence[str]
+    window_s: float | None
     skips_bad_lines: bool
+
+    @property
+    def warmup_s(self) -> float:
+        """Of kept sessions, where nothing else is asked for."""
+        return WARMUP_S if self.num_warmup is None else 0.0
 
     @property
     def source(self) -> str:
@@ -71,15 +84,16 @@ def experiment_of(plan: Plan, rng_of: Callable[[str], Random]) -> tuple[Experime
     """The experiment, and notes on its requests. ValueError names the option that cannot be."""
     if plan.num_seeds < 1:
         raise ValueError(f"seeds must be positive, not {plan.num_seeds}")
-    trace = trace_of(plan, rng_of)
-    requests = prepared(plan, trace, rng_of)
+    offered, notes = offered_of(plan, rng_of)
     setup = setup_of(plan)
-    if plan.num_warmup >= len(requests):
-        raise ValueError(f"warmup {plan.num_warmup} leaves none of {len(requests)} requests")
-    check_slos(requests, setup, MIN_ATTAINMENT)
+    check_slos(offered.own, setup, MIN_ATTAINMENT)
     seeds = tuple(range(plan.seed, plan.seed + plan.num_seeds))
-    rates = parse_rates(plan.rate) if plan.rate else default_rates(reference_of(requests, setup).rate)
-    return Experiment(requests, setup, variants_of(plan, setup), rates, seeds), trace.notes()
+    rates = parse_rates(plan.rate) if plan.rate else default_rates(reference_for(offered, setup).rate)
+    fewest = offered.at(max(rates))  # at lower rates there are no fewer, and they take longer
+    if setup.num_warmup >= len(fewest):
+        raise ValueError(f"warmup {setup.num_warmup} leaves none of {len(fewest)} requests at {max(rates):g} a second")
+    check_in_time(setup.changes, fewest[-1].at_s, max(rates))
+    return Experiment(offered, setup, variants_of(plan, setup), rates, seeds, window_s=plan.window_s), notes
 
 
 def default_rates(reference: float) -> tuple[float, ...]:
@@ -89,23 +103,44 @@ def default_rates(reference: float) -> tuple[float, ...]:
 # --- requests -------------------------------------------------------------------------------------------------------
 
 
-def trace_of(plan: Plan, rng_of: Callable[[str], Random]) -> Trace:
+def offered_of(plan: Plan, rng_of: Callable[[str], Random]) -> tuple[OfferedLoad, list[str]]:
+    """And notes on it."""
     if (plan.trace is None) == (plan.generate is None):
         raise ValueError("give exactly one of --trace and --generate")
+    if plan.sessions not in (None, "keep", "compress"):
+        raise ValueError(f"sessions must be keep or compress, not {plan.sessions!r}")
     if plan.num_requests is not None and plan.num_requests < 1:
         raise ValueError(f"requests must be positive, not {plan.num_requests}")
     if plan.generate is not None:
-        num_requests = plan.num_requests or DEFAULT_NUM_GENERATED
-        return Trace(generate(preset(plan.generate), num_requests, rng_of(f"{plan.seed}/{plan.generate}")))
-    assert plan.trace is not None
-    trace = read_trace(Path(plan.trace))
+        generated = generated_of(plan, rng_of)
+        return (Compressed(generated.own) if plan.sessions == "compress" else generated), []
+    trace = trace_of(plan)
+    requests = prepared(plan, trace, rng_of)
+    if plan.sessions == "keep":
+        return Regrouped(with_sessions(requests), plan.num_requests, plan.warmup_s), trace.notes()
+    return Compressed(requests[: plan.num_requests]), trace.notes()
+
+
+def generated_of(plan: Plan, rng_of: Callable[[str], Random]) -> Generated:
+    if plan.jitter_s:
+        raise ValueError(f"jitter is for traces with coarse ticks; what is generated has none, not {plan.jitter_s:g}")
+    workload = preset(str(plan.generate))
+    if plan.drop is not None:
+        workload = without_longer_contexts(workload, plan.drop)
+    num_requests = plan.num_requests or DEFAULT_NUM_GENERATED
+    _require_several(num_requests)
+    return Generated(workload, num_requests, rng_of, f"{plan.seed}/{plan.generate}", plan.cut, plan.warmup_s)
+
+
+def trace_of(plan: Plan) -> Trace:
+    trace = read_trace(Path(str(plan.trace)))
     if trace.bad_lines and not plan.skips_bad_lines:
         raise ValueError(f"{trace.bad_lines_text()}; --skip-bad-lines goes on without")
     return trace
 
 
 def prepared(plan: Plan, trace: Trace, rng_of: Callable[[str], Random]) -> tuple[SimRequest, ...]:
-    """Jittered, then without or with shortened long prompts, then the first ones."""
+    """Jittered, then without or with shortened long prompts."""
     requests = trace.requests
     if plan.jitter_s:
         requests = jittered(requests, plan.jitter_s, rng_of(f"{plan.seed}/jitter"))
@@ -113,10 +148,13 @@ def prepared(plan: Plan, trace: Trace, rng_of: Callable[[str], Random]) -> tuple
         requests = without_longer(requests, plan.drop)
     if plan.cut is not None:
         requests = truncated(requests, plan.cut)
-    requests = requests[: plan.num_requests]
-    if len(requests) < 2:
-        raise ValueError(f"{len(requests)} requests have no rate; at least 2 are needed")
+    _require_several(min(len(requests), plan.num_requests or len(requests)))
     return renumbered(requests)
+
+
+def _require_several(num_requests: int) -> None:
+    if num_requests < 2:
+        raise ValueError(f"{num_requests} requests have no rate; at least 2 are needed")
 
 
 # --- the cluster ----------------------------------------------------------------------------------------------------
@@ -133,14 +171,15 @@ def setup_of(plan: Plan) -> Setup:
         num_decode=num_decode,
         router=replace(router, cost=hardware.cost),
         scheduler=scheduler,
-        num_warmup=plan.num_warmup,
+        num_warmup=plan.num_warmup or 0,
     )
     for setting in plan.settings:
         setup = with_setting(setup, setting)
     dispatch_tokens = plan.dispatch_tokens
     if dispatch_tokens is None:
         dispatch_tokens = NUM_STEP_BUDGETS * setup.scheduler.max_num_batched_tokens
-    return replace(setup, router=replace(setup.router, dispatch_tokens=dispatch_tokens))
+    changes = changes_of(plan.joins, plan.leaves, plan.fails, setup)
+    return replace(setup, router=replace(setup.router, dispatch_tokens=dispatch_tokens), changes=changes)
 
 
 def parse_workers(text: str) -> tuple[int, int, Mode]:
@@ -157,13 +196,22 @@ def parse_workers(text: str) -> tuple[int, int, Mode]:
 
 
 def hardware_of(name: str, num_kv_tokens: int | None) -> Hardware:
-    if name not in HARDWARE:
-        raise ValueError(f"hardware must be one of {', '.join(HARDWARE)}, not {name!r}")
+    """A row's name, or a file that `twinring fit` has written."""
+    hardware = HARDWARE.get(name) or hardware_in(Path(name))
     if num_kv_tokens is None:
-        return HARDWARE[name]
+        return hardware
     if num_kv_tokens < 1:
         raise ValueError(f"kv-tokens must be positive, not {num_kv_tokens}")
-    return replace(HARDWARE[name], num_kv_tokens=num_kv_tokens)
+    return replace(hardware, num_kv_tokens=num_kv_tokens)
+
+
+def hardware_in(path: Path) -> Hardware:
+    if not path.is_file():
+        raise ValueError(f"hardware must be one of {', '.join(HARDWARE)}, or a file of `twinring fit`, not '{path}'")
+    try:
+        return hardware_from_json(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"hardware {path}: {error}") from error
 
 
 def with_setting(setup: Setup, text: str) -> Setup:

@@ -58,8 +58,11 @@ class Point:
     rate: float
     goodput: float
     attainment: float
+    ttft_attainment: float  # effective request capacity: the share within the TTFT SLO at this rate
     hit_rate: float
+    ideal_hit_rate: float
     ttft_p50_s: float
+    ttft_p90_s: float
     ttft_p99_s: float
     longest_wait_s: float
     load_cv: float
@@ -80,8 +83,11 @@ def _point(rate: float, summaries: Sequence[Summary]) -> Point:
         rate=rate,
         goodput=mean(lambda s: s.goodput),
         attainment=mean(lambda s: s.attainment),
+        ttft_attainment=mean(lambda s: s.ttft_attainment),
         hit_rate=mean(lambda s: s.hit_rate),
+        ideal_hit_rate=mean(lambda s: s.ideal_hit_rate),
         ttft_p50_s=mean(lambda s: s.ttft_p50_s),
+        ttft_p90_s=mean(lambda s: s.ttft_p90_s),
         ttft_p99_s=mean(lambda s: s.ttft_p99_s),
         longest_wait_s=max(s.longest_wait_s for s in summaries),
         load_cv=mean(lambda s: s.load_cv),
@@ -95,21 +101,36 @@ def rates_table(report: Report) -> Table:
     """A row per variant and rate that was asked for."""
     router = report.experiment.setup.router
     title = f"Requests/s in both SLOs (TTFT {router.ttft_slo_s:g} s, TPOT {router.tpot_slo_s * 1e3:g} ms) by rate"
+    columns: dict[str, Callable[[Point], str]] = {
+        "rate": lambda p: f"{p.rate:.3g}",
+        "goodput": lambda p: f"{p.goodput:.2f}",
+        "in both\nSLOs": lambda p: f"{p.attainment:.1%}",
+        "in TTFT\nSLO": lambda p: f"{p.ttft_attainment:.1%}",
+        "hit\nrate": lambda p: f"{p.hit_rate:.1%}",
+        "ideal\nhit rate": lambda p: f"{p.ideal_hit_rate:.1%}",
+        "load\nCV": lambda p: "-" if math.isnan(p.load_cv) else f"{p.load_cv:.2f}",
+    }
+    return _points_table(title, report, columns)
+
+
+def waits_table(report: Report) -> Table:
+    columns: dict[str, Callable[[Point], str]] = {
+        "rate": lambda p: f"{p.rate:.3g}",
+        "p50": lambda p: f"{p.ttft_p50_s:.2f}",
+        "p90": lambda p: f"{p.ttft_p90_s:.2f}",
+        "p99": lambda p: f"{p.ttft_p99_s:.2f}",
+        "longest\nwait": lambda p: f"{p.longest_wait_s:.1f}",
+    }
+    return _points_table("Seconds to the first token by rate", report, columns)
+
+
+def _points_table(title: str, report: Report, columns: dict[str, Callable[[Point], str]]) -> Table:
     table = _table(title, report)
-    for name in (
-        "rate",
-        "goodput",
-        "in SLO",
-        "hit\nrate",
-        "TTFT\np50, s",
-        "TTFT\np99, s",
-        "longest\nwait, s",
-        "load\nCV",
-    ):
+    for name in columns:
         table.add_column(name, justify="right", no_wrap=True)
     for variant in report.experiment.variants:
         for point in points_of(case for case in report.of(variant.label) if not case.is_searched):
-            table.add_row(escape(variant.label), *_point_texts(point))
+            table.add_row(escape(variant.label), *(text_of(point) for text_of in columns.values()))
         table.add_section()
     return table
 
@@ -120,19 +141,6 @@ def _table(title: str, report: Report) -> Table:
     longest = max(len(variant.label) for variant in report.experiment.variants)
     table.add_column("policy", overflow="fold", min_width=min(longest, MIN_NAME_WIDTH))
     return table
-
-
-def _point_texts(point: Point) -> tuple[str, ...]:
-    return (
-        f"{point.rate:.3g}",
-        f"{point.goodput:.2f}",
-        f"{point.attainment:.1%}",
-        f"{point.hit_rate:.1%}",
-        f"{point.ttft_p50_s:.2f}",
-        f"{point.ttft_p99_s:.2f}",
-        f"{point.longest_wait_s:.1f}",
-        f"{point.load_cv:.2f}",
-    )
 
 
 def goodput_table(report: Report) -> Table:
@@ -185,7 +193,7 @@ def as_json(report: Report) -> dict[str, Any]:
 
 
 def _trace_json(report: Report) -> dict[str, Any]:
-    requests = report.experiment.requests
+    requests = report.experiment.offered.own
     return {
         "source": report.source,
         "num_requests": len(requests),
@@ -202,6 +210,8 @@ def _setup_json(report: Report) -> dict[str, Any]:
     plain = {field.name: getattr(setup, field.name) for field in fields(setup)}
     del plain["router"], plain["changes"]
     return {
+        "warmup_s": report.experiment.offered.warmup_s,
+        "changes": [asdict(change) for change in setup.changes],
         **{name: value if isinstance(value, int | float) else asdict(value) for name, value in plain.items()},
         "hardware_name": report.hardware,
         "variants": {variant.label: _changed(variant.router) for variant in report.experiment.variants},
@@ -231,6 +241,10 @@ def _case_json(case: CaseResult) -> dict[str, Any]:
         "ring_seed": case.ring_seed,
         "is_searched": case.is_searched,
         "summary": asdict(case.summary),
+        "attainment": [
+            [round(w.start_s, 4), w.num_requests, round(w.attainment, 4), round(w.ttft_attainment, 4)]
+            for w in case.windows
+        ],
         "load": [[round(number, 4) for number in (load.at_s, load.least, load.mean, load.most)] for load in case.loads],
     }
 

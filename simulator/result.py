@@ -83,6 +83,17 @@ class LoadSample:
 
 
 @dataclass(frozen=True, slots=True)
+class ArrivalWindow:
+    """What became of the requests that came in [start_s, start_s + width_s)."""
+
+    start_s: float
+    width_s: float
+    num_requests: int
+    attainment: float  # nan where none came, as ttft_attainment
+    ttft_attainment: float
+
+
+@dataclass(frozen=True, slots=True)
 class WorkerUse:
     worker_id: str
     busy_share: float  # of the time it was up
@@ -119,7 +130,7 @@ class Summary:
     hit_rate: float  # of prompt tokens; what was pulled is hit
     pulled_rate: float  # of prompt tokens
     ideal_hit_rate: float
-    load_cv: float  # mean over the samples in the time of arrivals
+    load_cv: float  # mean over the samples in the time of arrivals; nan where nobody was busy in any
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,7 +184,25 @@ class Result:
 
     def _load_cv(self, start_s: float, end_s: float) -> float:
         cvs = [cv for load in self.loads if start_s < load.at_s <= end_s and (cv := load.cv) is not None]
-        return fmean(cvs) if cvs else 0.0
+        return fmean(cvs) if cvs else math.nan
+
+    def windows(self, width_s: float) -> tuple[ArrivalWindow, ...]:
+        """Of all requests, those of the warm-up too, from the beginning to the last arrival."""
+        if not width_s > 0:
+            raise ValueError(f"width_s must be above 0, got {width_s}")
+        num_windows = int(self.records[-1].at_s / width_s) + 1 if self.records else 0
+        found: list[list[RequestRecord]] = [[] for _ in range(num_windows)]
+        for record in self.records:
+            found[int(record.at_s / width_s)].append(record)
+        return tuple(self._window(index * width_s, width_s, records) for index, records in enumerate(found))
+
+    def _window(self, start_s: float, width_s: float, records: Sequence[RequestRecord]) -> ArrivalWindow:
+        if not records:
+            return ArrivalWindow(start_s, width_s, 0, math.nan, math.nan)
+        slos = self.setup.router.ttft_slo_s, self.setup.router.tpot_slo_s
+        num_in_ttft = sum(record.ttft_s is not None and record.ttft_s <= slos[0] for record in records)
+        num_good = sum(record.meets(*slos) for record in records)
+        return ArrivalWindow(start_s, width_s, len(records), num_good / len(records), num_in_ttft / len(records))
 
 
 def percentile(ordered: Sequence[float], share: float) -> float:

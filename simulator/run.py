@@ -34,4 +34,4 @@ def _check_quiet(cluster: SimulatedCluster) -> None:
     assert all(record.end is not None for record in cluster.records), "a request has not ended"
     assert cluster.router.num_in_flight == 0 and cluster.num_open_transfers == 0
     for worker_id, ledger in cluster.ledgers().items():
-        assert ledger.balanced and ledger.held == ledger.leased == 0, (worker_id, ledger)
+        assert ledger.balanced and ledger.held == ledger.leased == ledger.host_leased == 0, (worker_id, ledger)

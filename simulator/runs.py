@@ -19,9 +19,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from simulator.figure import check_drawable, draw
-from simulator.limits import reference_of
+from simulator.limits import reference_for
+from simulator.over_time import over_time_table, shown_rate
 from simulator.plan import Plan, experiment_of
-from simulator.report import Report, as_json, goodput_table, rates_table
+from simulator.report import Report, as_json, goodput_table, rates_table, waits_table
 from simulator.sweep import CaseResult, Experiment, run_case, search
 
 T = TypeVar("T")
@@ -40,7 +41,7 @@ def compare(plan: Plan, num_jobs: int, does_search: bool, json: str | None, figu
     if not cases:
         console.print("interrupted before a run ended")
         raise typer.Exit(1)
-    reference = reference_of(experiment.requests, experiment.setup)
+    reference = reference_for(experiment.offered, experiment.setup)
     show(Report(experiment, plan.source, plan.hardware, reference, cases, tuple(notes)), json, figure)
 
 
@@ -64,7 +65,11 @@ def show(report: Report, json: str | None, figure: str | None) -> None:
             Path(json).write_text(text + "\n")
     out = console if json == "-" else Console()
     out.print(rates_table(report))
+    out.print(waits_table(report))
     out.print(goodput_table(report))
+    rate = shown_rate(report)
+    if rate is not None and report.experiment.setup.changes:
+        out.print(over_time_table(report, rate))
     for note in report.notes:
         out.print(f"note: {note}", highlight=False, markup=False)
     if figure is not None:

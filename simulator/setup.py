@@ -3,10 +3,10 @@ mid-run. Refuses what could never work; decides nothing else."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
-from engine.config import SchedulerConfig
+from engine.config import HostTierConfig, SchedulerConfig
 from kvtransfer.config import TransferConfig
 from protos.cost_model import Hardware
 from protos.types import Role
@@ -71,6 +71,8 @@ class Setup:
     router: RouterConfig = field(default_factory=default_router)
     scheduler: SchedulerConfig = field(default_factory=default_scheduler)
     transfer: TransferConfig = field(default_factory=default_transfer)
+    num_host_tokens: int = 0  # KV in host memory, of each worker that prefills; 0: what the device evicts is gone
+    host_link_nbytes_per_s: float = 50e9  # of each worker, each way: PCIe 5.0 x16 has 63e9, headers and pauses included
     link_nbytes_per_s: float = 25e9  # of each worker, each way: 200 Gb/s
     message_s: float = 0.0005  # one way of any message between two processes
     gather_s_per_byte: float = 0.0  # and checksum, at the source
@@ -83,10 +85,16 @@ class Setup:
     fast_forwards: bool = True  # several decode tokens in one step, with the same results; off to check that
 
     def __post_init__(self) -> None:
-        for name in ("num_prefill", "link_nbytes_per_s", "stats_interval_s", "tick_s", "load_interval_s"):
+        for name in (
+            *("num_prefill", "link_nbytes_per_s", "host_link_nbytes_per_s"),
+            *("stats_interval_s", "tick_s", "load_interval_s"),
+        ):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
-        for name in ("num_decode", "message_s", "gather_s_per_byte", "scatter_s_per_byte", "num_warmup"):
+        for name in (
+            *("num_decode", "num_host_tokens", "message_s", "gather_s_per_byte", "scatter_s_per_byte"),
+            "num_warmup",
+        ):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
         for name in ("block_size", "hash_block_size"):
@@ -97,6 +105,12 @@ class Setup:
                 )
         if self.is_colocated and self.num_decode:
             raise ValueError(f"num_decode must be 0 in colocated mode, got {self.num_decode}")
+        if self.scheduler.host is not None:
+            raise ValueError(
+                f"host memory is num_host_tokens here, scheduler.host must be None, got {self.scheduler.host}"
+            )
+        if 0 < self.num_host_tokens < self.scheduler.block_size:
+            raise ValueError(f"num_host_tokens {self.num_host_tokens} make no block of {self.scheduler.block_size}")
         if self.num_blocks < 1:
             raise ValueError(f"{self.hardware.num_kv_tokens} KV tokens make no block of {self.scheduler.block_size}")
 
@@ -124,6 +138,17 @@ class Setup:
     def num_blocks(self) -> int:
         """KV blocks of one worker."""
         return self.hardware.num_kv_tokens // self.scheduler.block_size
+
+    def scheduler_of(self, role: Role) -> SchedulerConfig:
+        """Of a worker. What a decode worker has generated is looked for at its home, so it needs no second tier."""
+        if not self.num_host_tokens or role is Role.DECODE:
+            return self.scheduler
+        host = HostTierConfig(
+            num_blocks=self.num_host_tokens // self.scheduler.block_size,
+            s_per_token=self.hardware.kv_nbytes_per_token / self.host_link_nbytes_per_s,
+            max_saving_blocks=-(-self.scheduler.max_num_batched_tokens // self.scheduler.block_size),  # of a step
+        )
+        return replace(self.scheduler, host=host)
 
     @property
     def block_nbytes(self) -> int:

@@ -9,15 +9,15 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Literal
 
 from engine.config import PullConfig
+from simulator.limits import num_before
 from simulator.run import simulate
-from simulator.transforms import at_rate
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
     from router.config import RouterConfig
-    from simulator.requests import SimRequest
-    from simulator.result import LoadSample, Summary
+    from simulator.offered import OfferedLoad
+    from simulator.result import ArrivalWindow, LoadSample, Summary
     from simulator.setup import Setup
 
 MIN_ATTAINMENT = 0.9
@@ -25,6 +25,7 @@ MAX_RETURNS = 4  # to each worker at once, and from each
 PULLING_POLICIES = ("home_pair", "min_ttft", "exploit_explore")
 DEFAULT_SHARES = (0.4, 0.6, 0.8, 1.0, 1.2)  # of the reference rate, where no rates are asked for
 MAX_RATES = 1000
+NUM_POINTS = 20  # over the time of arrivals, of what is told over time; loads are sampled more often in long runs
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,20 +50,23 @@ def contender(label: str, router: RouterConfig, setup: Setup) -> Variant:
 class Experiment:
     """Every variant sees the same requests on the same cluster."""
 
-    requests: tuple[SimRequest, ...]
+    offered: OfferedLoad
     setup: Setup  # its router is each variant's in turn
     variants: tuple[Variant, ...]
     rates: tuple[float, ...]
     ring_seeds: tuple[int, ...]
     tolerance: float = 0.01  # a search ends when a good and a bad rate are this close
+    window_s: float | None = None  # of arrivals, for what is told over time; None: by the length of the run
 
     def __post_init__(self) -> None:
+        if self.window_s is not None and not self.window_s > 0:
+            raise ValueError(f"window must be positive, not {self.window_s:g}")
         if not self.tolerance > 0:
             raise ValueError(f"tolerance must be positive, not {self.tolerance}")
         for rate in self.rates:
             if not (math.isfinite(rate) and rate > 0):
                 raise ValueError(f"rate must be positive, not {rate:g}")
-        for name in ("requests", "variants", "rates", "ring_seeds"):
+        for name in ("variants", "rates", "ring_seeds"):
             if not getattr(self, name):
                 raise ValueError(f"{name} must not be empty")
         labels = [variant.label for variant in self.variants]
@@ -89,17 +93,24 @@ class CaseResult:
     ring_seed: int
     summary: Summary
     loads: tuple[LoadPoint, ...]
+    windows: tuple[ArrivalWindow, ...] = ()
     is_searched: bool = False
 
 
 def run_case(experiment: Experiment, variant: Variant, rate: float, ring_seed: int) -> CaseResult:
+    requests = experiment.offered.at(rate)
+    num_warmup = max(experiment.setup.num_warmup, num_before(requests, experiment.offered.warmup_s))
+    point_s = (requests[-1].at_s - requests[num_warmup].at_s) / NUM_POINTS or 1.0
     setup = replace(
         experiment.setup,
+        num_warmup=num_warmup,
+        load_interval_s=min(experiment.setup.load_interval_s, point_s),
         router=replace(variant.router, ring_seed=ring_seed),
         scheduler=replace(experiment.setup.scheduler, pulls=variant.pulls),
     )
-    result = simulate(setup, at_rate(experiment.requests, rate))
-    return CaseResult(variant.label, rate, ring_seed, result.summary(), tuple(map(_load_point, result.loads)))
+    result = simulate(setup, requests)
+    windows = result.windows(experiment.window_s or point_s)
+    return CaseResult(variant.label, rate, ring_seed, result.summary(), tuple(map(_load_point, result.loads)), windows)
 
 
 def _load_point(load: LoadSample) -> LoadPoint:

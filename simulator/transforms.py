@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -33,6 +33,43 @@ def without_longer(requests: Iterable[SimRequest], max_prompt_tokens: int) -> tu
     """Longer prompts are left out."""
     _require_positive("drop", max_prompt_tokens)
     return from_zero(request for request in requests if request.num_prompt_tokens <= max_prompt_tokens)
+
+
+def with_sessions(requests: Iterable[SimRequest]) -> tuple[SimRequest, ...]:
+    """In order of time. A request without a session continues the one that said the longest earlier prompt which it
+    extends by whole blocks, if no other session began likewise; else it begins a session of its own."""
+    nodes: dict[tuple[int, int], _Node] = {}
+    return tuple(_with_session(nodes, number, request) for number, request in enumerate(requests))
+
+
+@dataclass(slots=True)
+class _Node:
+    """A chain of blocks with which prompts begin."""
+
+    number: int
+    session: str  # the first that had it
+    is_prompt: bool = False  # all full blocks of one
+    is_shared: bool = False  # by several sessions
+
+
+def _with_session(nodes: dict[tuple[int, int], _Node], number: int, request: SimRequest) -> SimRequest:
+    num_full = request.num_prompt_tokens // request.block_tokens
+    path, known, parent = [], "", 0
+    for hash_id in request.hash_ids[:num_full]:
+        node = nodes.get((parent, hash_id))
+        if node is None:
+            node = nodes[parent, hash_id] = _Node(len(nodes) + 1, "")
+        elif node.is_prompt and not node.is_shared:
+            known = node.session
+        path.append(node)
+        parent = node.number
+    session = request.session or known or f"from {number}"
+    for node in path:
+        node.is_shared |= node.session not in ("", session)
+        node.session = node.session or session
+    if path:
+        path[-1].is_prompt = True
+    return replace(request, session=session)
 
 
 def truncated(requests: Iterable[SimRequest], max_prompt_tokens: int) -> tuple[SimRequest, ...]:

@@ -1,5 +1,8 @@
-"""What runs a WorkerCore under virtual time: an inbox that is emptied between steps, and steps that take as long as the
-cost model says. The live counterpart is engine/engine_thread.py. Decides nothing about requests or blocks."""
+"""What runs a WorkerCore under virtual time: events, taken in when they come, and steps that take as long as the cost
+model says. Decides nothing about requests or blocks.
+
+The live counterpart, engine/engine_thread.py, takes events between steps. Pulls need what is done here: a question to
+this worker, or a grant, must not wait for a step of a few hundred milliseconds that it has nothing to do with."""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ from collections.abc import Callable, Sequence
 from engine.config import SchedulerConfig
 from engine.events import Effect, Event
 from engine.scheduler_output import ScheduledRequest, SchedulerOutput, StepResult
+from engine.step_work import work_of
 from engine.worker_core import WorkerCore
 from protos.cost_model import CostModel
 from protos.types import WorkerStats
@@ -25,7 +29,9 @@ MAX_TOKENS_AT_ONCE = 32  # of each request in one fast-forwarded step: events cu
 
 
 class SimulatedWorker:
-    """Invariant: while a step is under way `_end` is its end; else nothing is to be computed and the inbox is empty.
+    """Invariant: while a step is under way `_end` is its end; else nothing is to be computed.
+
+    An event is answered when it comes, also while a step is under way; what is computed next follows when that ends.
 
     A step that only decodes stands for several: `_token_times` has the instants at which each of them would end, and
     an event that comes cuts it at the next of these, so that everything is as if each had been run."""
@@ -51,16 +57,21 @@ class SimulatedWorker:
         self._deliver = deliver
         self._fast_forwards = horizons is not None
         self._horizons = horizons or ()
-        self._inbox: list[Event] = []
         self._output: SchedulerOutput | None = None
         self._in_last_step: set[str] = set()
         self._started_at = 0.0
         self._token_times: list[float] = []
         self._end: Entry | None = None
         self._alarm: Entry | None = None  # while nothing is to be computed: when the core wants to be asked anyway
+        self._is_stopped = False
 
     def post(self, *events: Event) -> None:
-        self._inbox.extend(events)
+        if self._is_stopped:
+            return
+        self.has_changed = True
+        effects = [effect for event in events for effect in self.core.on(event, self._clock.now)]
+        if effects:
+            self._deliver(effects)
         if self._end is None:
             self._turn()
         elif len(self._token_times) > 1:
@@ -71,7 +82,7 @@ class SimulatedWorker:
         for entry in (self._end, self._alarm):
             if entry is not None:
                 entry.cancel()
-        self._inbox.clear()
+        self._is_stopped = True
 
     def stats(self) -> WorkerStats:
         self.has_changed = False
@@ -92,15 +103,9 @@ class SimulatedWorker:
         return busy_s
 
     def _turn(self) -> None:
-        """Take the inbox, start the next step."""
+        """Start the next step, where there is one."""
         now = self._clock.now
         self.has_changed = True
-        effects: list[Effect] = []
-        events, self._inbox = self._inbox, []
-        for event in events:
-            effects += self.core.on(event, now)
-        if effects:
-            self._deliver(effects)
         self._output, opened = self.core.schedule(now)
         if opened:
             self._deliver(opened)
@@ -122,20 +127,15 @@ class SimulatedWorker:
 
     def _times_of(self, output: SchedulerOutput) -> list[float]:
         """When each of the tokens is done that this step gives to all of its requests."""
-        chunks, num_seqs, num_kv_tokens = [], 0, 0
-        for each in output.scheduled:
-            if each.num_scheduled_tokens == 1 and each.samples:
-                num_seqs += 1
-                num_kv_tokens += each.num_computed_tokens + 1
-            else:
-                chunks.append((each.num_scheduled_tokens, each.num_computed_tokens))
-        time = self._clock.now + self._cost.step_s(chunks, num_seqs, num_kv_tokens)
+        work = work_of(output.scheduled)
+        time = self._clock.now + work.step_s(self._cost)
         times = [time]
-        if self._may_stand_for_several(output) and not chunks:
+        if self._may_stand_for_several(output) and not work.chunks:
+            num_kv_tokens = work.num_kv_tokens
             horizon = next((each for each in self._horizons if each > self._clock.now), math.inf)
             for _ in range(min(MAX_TOKENS_AT_ONCE, *map(self._num_foreseeable, output.scheduled)) - 1):
-                num_kv_tokens += num_seqs
-                time += self._cost.step_s((), num_seqs, num_kv_tokens)
+                num_kv_tokens += work.num_seqs
+                time += self._cost.step_s((), work.num_seqs, num_kv_tokens)
                 if time > horizon:
                     break
                 times.append(time)
@@ -154,8 +154,7 @@ class SimulatedWorker:
             return 1
         num_left = min(scheduled.sampling_params.max_tokens - num_outputs, self._config.max_model_len - num_tokens)
         num_slots = len(scheduled.block_table) * self._config.block_size - scheduled.num_computed_tokens
-        # The scheduler takes the last token of several as not computed: one that fills a block has to come alone.
-        return num_left - 1 if num_left == num_slots > 1 else min(num_left, num_slots)
+        return min(num_left, num_slots)
 
     def _cut(self, at: float) -> None:
         """End the step with the token that is being made at that time."""

@@ -38,7 +38,8 @@ SHELLS: dict[str, str] = {
     "decode_worker": "actor",
     "simulator": "command runs",
     "bench": "load.client load.command load.probe load.runner",
-    "cluster": """actors aio_client cli client client_messages demo ray_cluster ray_node serve show supervisor""",
+    "cluster": """actors aio_client cli client client_messages demo fit ray_cluster ray_node scrape serve show
+        supervisor""",
 }
 SHELL_MODULES = {f"{folder}.{name}" for folder, names in SHELLS.items() for name in names.split()}
 

@@ -49,6 +49,13 @@ class PlacementView(Protocol):
     def ring(self, key: bytes) -> Iterator[str]:
         """Workers clockwise from the key's place on the first ring; one may appear again."""
 
+    def last_place(self) -> str | None:
+        """The worker on which the longest prompt was placed that this one continues or repeats, as far as this router
+        remembers, and where it is up."""
+
+    def backlog_s(self, worker_id: str, prefill_s: float) -> float:
+        """How long a request that takes prefill_s would wait there for its turn."""
+
     def prefill_s(self, worker_id: str, num_cached_tokens: int) -> float:
         """To prefill what is left of this request there, were so many of its tokens cached; 0 where no speed is known
         yet."""

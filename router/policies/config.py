@@ -27,7 +27,8 @@ class PolicyConfig:
     name: PolicyName = "dual_map"  # who chooses where a request is prefilled
     has_slo_switch: bool = True  # dual_map: off, the warm candidate is taken however late it would be
     num_sampled: int = 2  # home_pair: random workers that are candidates beside the pair
-    affinity_share: float = 1.0  # home_pair: of the TTFT SLO, up to which the home that holds most is taken
+    remembers: bool = True  # home_pair: where the prompt that this one continues was placed is a candidate, too
+    duplicate_cost: float = 3.0  # home_pair: of holding KV that another worker holds, times what computing it takes
     pulls: bool = True  # home_pair, min_ttft, exploit_explore: estimates count on KV pulled from another worker
     load_factor: float = 1.25  # single_ring: how far above the mean load a worker may get
     num_prefix_blocks: int = 2  # prefix_hash: hash blocks that make the key
@@ -47,7 +48,7 @@ class PolicyConfig:
             ("max_imbalance_tokens", 0),
             ("max_imbalance_ratio", 1),
             ("overlap_weight", 0),
-            ("affinity_share", 0),
+            ("duplicate_cost", 0),
         ):
             if not getattr(self, name) >= least:
                 raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")

@@ -15,6 +15,10 @@ class Estimate:
     num_pulled_tokens: int  # 0: everything that is not cached is computed
 
     @property
+    def worker_id(self) -> str:
+        return self.candidate.worker_id
+
+    @property
     def load(self) -> int:
         """In tokens: settles ties, and decides while no worker's speed is known."""
         return self.candidate.num_pending_tokens - self.candidate.num_cached_tokens - self.num_pulled_tokens
@@ -25,13 +29,13 @@ class Estimate:
 
 
 def estimate(view: PlacementView, candidate: Candidate, num_pullable_tokens: int, pull_s: float) -> Estimate:
-    """The backlog, then the quicker of two: compute all that is not cached, or pull num_pullable_tokens of it from
-    another worker and compute the rest (Mooncake, FAST'25, section 6)."""
+    """The wait, then the quicker of two: compute all that is not cached, or pull num_pullable_tokens of it from another
+    worker and compute the rest (Mooncake, FAST'25, section 6)."""
     if num_pullable_tokens > 0:
-        num_present_tokens = candidate.num_cached_tokens + num_pullable_tokens
-        pulling_s = pull_s + view.prefill_s(candidate.worker_id, num_present_tokens)
-        if pulling_s < candidate.prefill_s:
-            return Estimate(candidate, candidate.backlog_s + pulling_s, num_pullable_tokens)
+        rest_s = view.prefill_s(candidate.worker_id, candidate.num_cached_tokens + num_pullable_tokens)
+        if pull_s + rest_s < candidate.prefill_s:
+            ttft_s = view.backlog_s(candidate.worker_id, rest_s) + pull_s + rest_s
+            return Estimate(candidate, ttft_s, num_pullable_tokens)
     return estimate_alone(candidate)
 
 

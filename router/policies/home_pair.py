@@ -12,38 +12,49 @@ from router.policy import Candidate, Choice
 
 @dataclass(frozen=True, slots=True)
 class HomePair:
-    """The home that holds most, while its TTFT estimate is at most `affinity_s`: every copy of a prefix takes memory
-    from another. Else the least estimate among the pair and num_sampled random workers, where a worker may pull what a
-    home holds; ties go to the pair. Where the homes miss, those that earlier keys named are asked too. Needs to know
-    2 + num_sampled workers, a few more on a miss: O(1)."""
+    """The least TTFT estimate among those that may hold its KV (the pair, where a prompt that this one continues was
+    placed last, where the homes miss also those that earlier keys named) and num_sampled random workers, where a worker
+    may pull what another holds; ties go to the pair.
+
+    A copy takes memory from other prefixes: what a worker would hold although another one does already is charged with
+    duplicate_cost times what computing it takes. Needs to know 3 + num_sampled workers, a few more on a miss: O(1)."""
 
     num_sampled: int
     pulls: bool
-    affinity_s: float
+    remembers: bool
+    duplicate_cost: float
 
     def place(self, view: PlacementView) -> Choice:
         home = view.home_pair()
         if not home:
             return lightest(view)
-        holders = [view.candidate(worker_id) for worker_id in (*home, *(view.earlier_homes() if self.pulls else ()))]
-        holder = max(holders, key=lambda c: (c.num_cached_tokens, -c.num_pending_tokens))
-        if holder.ttft_s <= self.affinity_s and holder.num_cached_tokens:
-            return Choice(holder.worker_id, f"affinity: {estimate_alone(holder)}, at most {self.affinity_s:g} s")
-        return self._least(view, home, holders, holder)
+        last = view.last_place() if self.remembers else None
+        may_hold = dict.fromkeys((*home, *((last,) if last else ()), *view.earlier_homes()))
+        holders = [view.candidate(worker_id) for worker_id in may_hold]
+        sampled = [view.candidate(one) for one in view.sample(self.num_sampled) if one not in may_hold]
+        return self._least(view, home, holders, sampled)
 
-    def _least(self, view: PlacementView, home: tuple[str, ...], holders: list[Candidate], holder: Candidate) -> Choice:
-        known = {one.worker_id for one in holders}
-        sampled = [view.candidate(one) for one in view.sample(self.num_sampled) if one not in known]
+    def _least(
+        self, view: PlacementView, home: tuple[str, ...], holders: list[Candidate], sampled: list[Candidate]
+    ) -> Choice:
+        holder = max(holders, key=lambda one: (one.num_cached_tokens, -one.num_pending_tokens))
         estimates = [
             estimate_with_holder(view, one, holder) if self.pulls else estimate_alone(one)
             for one in (*holders, *sampled)
         ]
 
         def order(one: Estimate) -> tuple[float, bool, int]:
-            return one.ttft_s, one.candidate.worker_id not in home, one.load
+            return one.ttft_s + self._duplicate_s(view, one.candidate, holder), one.worker_id not in home, one.load
 
         best = min(estimates, key=order)
-        chosen = best.candidate.worker_id
-        place = "home" if chosen in home else "away from home"
+        place = "home" if best.worker_id in home else "away from home"
         sources = tuple(dict.fromkeys((holder.worker_id, *home))) if best.num_pulled_tokens else ()
-        return Choice(chosen, f"{place}: {best}, the least of {len(estimates)}", sources)
+        return Choice(best.worker_id, f"{place}: {best}, the best of {len(estimates)}", sources)
+
+    def _duplicate_s(self, view: PlacementView, candidate: Candidate, holder: Candidate) -> float:
+        """What the second copy of what only `holder` has is charged with."""
+        if not self.duplicate_cost or candidate.num_cached_tokens >= holder.num_cached_tokens:
+            return 0.0
+        return self.duplicate_cost * (
+            candidate.prefill_s - view.prefill_s(candidate.worker_id, holder.num_cached_tokens)
+        )

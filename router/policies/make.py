@@ -37,5 +37,5 @@ def make_policy(config: PolicyConfig, ttft_slo_s: float, block_size: int) -> Pla
         case "dual_map":
             return DualMap(ttft_slo_s, config.has_slo_switch)
         case "home_pair":
-            return HomePair(config.num_sampled, config.pulls, config.affinity_share * ttft_slo_s)
+            return HomePair(config.num_sampled, config.pulls, config.remembers, config.duplicate_cost)
     assert_never(config.name)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -9,6 +11,7 @@ import pytest
 from cluster.config import DEMO_MODEL, load_config
 from cluster.supervisor import worker_slots
 from cluster.tenants import FILE_VARIABLE, TOKENS_VARIABLE, hash_of
+from protos.cost_model import HARDWARE
 from protos.types import Role
 
 
@@ -29,6 +32,14 @@ def test_flags_win_over_the_file_and_the_file_over_defaults(tmp_path: Path) -> N
     assert config.router.mode == "disaggregated"
 
 
+def test_modelled_hardware_may_be_written_out(tmp_path: Path) -> None:
+    """As a fit of a cluster's own costs gives it."""
+    path = tmp_path / "twinring.json"  # JSON is YAML
+    path.write_text(json.dumps({"engine": {"modelled": asdict(HARDWARE["8b-h100"])}}))
+    assert load_config(str(path)).engine.modelled_hardware == HARDWARE["8b-h100"]
+    assert load_config(None, {"engine.modelled": "8b-h100"}).engine.modelled_hardware == HARDWARE["8b-h100"]
+
+
 def test_ray_address_comes_from_the_environment_unless_given(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
     assert load_config().ray.address == "10.0.0.1:6379"
@@ -42,6 +53,8 @@ def test_ray_address_comes_from_the_environment_unless_given(monkeypatch: pytest
         ("num_decode: many", "num_decode"),
         ("engine: {block_sise: 4}", "unknown setting engine.block_sise"),
         ("engine: {block_size: 63}", "block_size 63 is not a multiple of hash_block_size 64"),
+        ("engine: {modelled: abacus}", "modelled must be one of 8b-a100, .* not 'abacus'"),
+        ("engine: {modelled: {num_kv_tokens: 640}}", "engine.modelled.Hardware.cost: Field required"),
         ("router: {block_size: 128}", "set engine.block_size only"),
         ("transfer: {checksum: md5}", "md5"),
         ("worker_port: 70000", "worker_port must be within 0 and 65535, not 70000"),

@@ -9,6 +9,8 @@ import math
 import re
 import shutil
 import subprocess
+import sys
+import time
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -140,3 +142,39 @@ def test_promtool_finds_nothing_to_mend_in_a_scrape(server: Server) -> None:
         body = response.read()
     checked = subprocess.run(["promtool", "check", "metrics"], input=body, capture_output=True, timeout=30)
     assert checked.returncode == 0, checked.stderr.decode() + checked.stdout.decode()
+
+
+def test_what_steps_cost_here_is_fitted_and_simulated(server: Server, tmp_path: Path) -> None:
+    """`twinring fit`, then `twinring simulate` of the same requests. How near it comes is not held here: a machine that
+    does other things at the same time has no steady costs."""
+    url, saved, costs = f"http://{server.http_address}/metrics", tmp_path / "before.txt", tmp_path / "costs.json"
+    with urllib.request.urlopen(url, timeout=10) as response:
+        saved.write_bytes(response.read())
+    prompts = [[1 + seed, *(2 + i % 200 for i in range(size))] for size in (9, 20, 70, 200, 480) for seed in range(8)]
+    crowds = [*([prompt] for prompt in prompts), *([[250, *prompt] for prompt in prompts[i::8]] for i in range(8))]
+    for crowd in crowds:
+        asyncio.run(generate_all(server.address, [request(prompt, NUM_TOKENS) for prompt in crowd]))
+    time.sleep(1.0)  # workers tell of their steps with a heartbeat
+    fitted = twinring("fit", url, "--since", str(saved), "--json", str(costs))
+    assert fitted.returncode == 0, fitted.stderr
+    fit = json.loads(costs.read_text())["fit"]
+    assert fit["prefill"]["num_steps"] >= len(prompts) and fit["decode"]["num_steps"] > NUM_TOKENS * len(prompts)
+
+    trace, results = tmp_path / "trace.jsonl", tmp_path / "results.json"
+    lines = (
+        {"timestamp": 100 * i, "input_length": len(prompt), "output_length": NUM_TOKENS, "hash_ids": [i]}
+        for i, prompt in enumerate(prompts)
+    )
+    trace.write_text("\n".join(map(json.dumps, lines)))
+    options = ["--workers", "1p1d", "--rate", "5", "--seeds", "1", "--no-search", "--slo-tpot", "1"]
+    options += ["--set", "scheduler.max_num_batched_tokens=512", "--json", str(results)]
+    simulated = twinring("simulate", "--trace", str(trace), "--hardware", str(costs), *options)
+    assert simulated.returncode == 0, simulated.stderr
+    [case] = json.loads(results.read_text())["cases"]
+    assert case["summary"]["num_finished"] == len(prompts)
+    assert 0.0 < case["summary"]["ttft_p50_s"] < 1.0
+
+
+def twinring(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "cluster.cli", *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)

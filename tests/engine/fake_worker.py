@@ -12,10 +12,14 @@ from itertools import count
 from typing import Any
 from zlib import crc32
 
-from engine.config import PullConfig, SchedulerConfig
+from engine.config import HostTierConfig, PullConfig, SchedulerConfig
 from engine.events import (
     AbortTransfer,
     CommitTransfer,
+    Copied,
+    CopyBlocks,
+    CopyDirection,
+    CopyLost,
     Effect,
     Event,
     GrantTransfer,
@@ -41,11 +45,12 @@ from protos.types import (
 
 KEY = b"k" * 16
 PEER = PeerRef("other", "1", "host:1", Role.DECODE)
+Change = int | bool | PullConfig | HostTierConfig  # of a setting
 T, T2 = b"transfer-one", b"transfer-two"
 PROMPT = list(range(10))  # two full blocks and a tail
 
 
-def config(**changes: int | bool | PullConfig) -> SchedulerConfig:
+def config(**changes: Change) -> SchedulerConfig:
     values: dict[str, Any] = {
         "max_model_len": 64,
         "max_num_batched_tokens": 16,
@@ -109,7 +114,7 @@ TOKEN = next_token(PROMPT)
 class FakeWorker:
     """Runs steps of a core and keeps what it said."""
 
-    def __init__(self, num_blocks: int = 8, worker_id: str = "w", **changes: int | bool | PullConfig) -> None:
+    def __init__(self, num_blocks: int = 8, worker_id: str = "w", **changes: Change) -> None:
         self.config = config(**changes)
         self.ref = PeerRef(worker_id, "1", "host:1", Role.PREFILL)
         pull_ids = count(1)
@@ -117,6 +122,9 @@ class FakeWorker:
             self.config, num_blocks, KEY, "model", worker_id, lambda: f"{worker_id} pulls {next(pull_ids)}".encode()
         )
         self.kv: list[list[int | None]] = [[None] * self.config.block_size for _ in range(num_blocks)]
+        num_host_blocks = 0 if self.config.host is None else self.config.host.num_blocks
+        self.host_kv: list[list[int | None]] = [[None] * self.config.block_size for _ in range(num_host_blocks)]
+        self.copies: dict[bytes, CopyBlocks] = {}  # under way
         self.now = 0.0
         self.output: SchedulerOutput | None = None  # of the step under way
         self.effects: list[Effect] = []  # all so far
@@ -176,6 +184,27 @@ class FakeWorker:
                 sampled[each.request_id] = (next_token(tokens),)
         return StepResult(sampled)
 
+    def end_copy(self, copy_id: bytes, is_lost: bool = False) -> list[Effect]:
+        """It is done, as late as can be; one that is lost leaves what it was to write spoiled."""
+        copy = self.copies.pop(copy_id)
+        if is_lost:
+            return self.on(CopyLost(copy_id, "lost"))
+        is_load = copy.direction is CopyDirection.TO_DEVICE
+        source, destination = (self.host_kv, self.kv) if is_load else (self.kv, self.host_kv)
+        for from_block, to_block in zip(copy.from_block_ids, copy.to_block_ids, strict=True):
+            destination[to_block] = list(source[from_block])
+        return self.on(Copied(copy_id))
+
+    def end_copies(self) -> list[Effect]:
+        effects: list[Effect] = []
+        while self.copies:
+            effects += self.end_copy(next(iter(self.copies)))
+        return effects
+
+    def row(self, block_id: int) -> list[int | None]:
+        """Of a block as SendBlocks names it."""
+        return self.kv[block_id] if block_id < len(self.kv) else self.host_kv[block_id - len(self.kv)]
+
     def read(self, block_table: Sequence[int], num_tokens: int) -> list[int | None]:
         return [self._row(block_table, position)[position % self.config.block_size] for position in range(num_tokens)]
 
@@ -205,6 +234,12 @@ class FakeWorker:
 
     def _note(self, effects: list[Effect]) -> list[Effect]:
         self.effects += effects
+        for copy in effects:
+            if isinstance(copy, CopyBlocks):
+                self.copies[copy.copy_id] = copy
+                is_load = copy.direction is CopyDirection.TO_DEVICE
+                for block_id in copy.to_block_ids:  # from now on it may hold anything
+                    (self.kv if is_load else self.host_kv)[block_id] = [None] * self.config.block_size
         return effects
 
 
@@ -249,7 +284,7 @@ class FakeTransfer:
     def copy(self) -> None:
         assert self.grant is not None
         for source_block, block in zip(self.blocks[self.grant.num_held_blocks :], self.grant.block_ids, strict=True):
-            self.destination.kv[block] = list(self.source.kv[source_block])
+            self.destination.kv[block] = list(self.source.row(source_block))
 
 
 class FakeNetwork:

@@ -76,6 +76,18 @@ def bring(source: FakeWorker, home: FakeWorker, asked: RequestPull) -> None:
     assert source.on(TransferClosed(T)) == []
 
 
+def test_what_would_stand_alone_at_home_is_refused() -> None:
+    home = worker("home")
+    computed(home, PROMPT, returns_to="")
+    asked = ask(home, [*PROMPT[:8], *range(70, 74)])
+    assert len(asked.block_hashes) == 1
+    home.submit(generate("crowd", list(range(100, 129)), max_tokens=1))  # it takes all blocks
+    home.run()
+    [refused] = home.on(TransferOffered(asked.pull_id, "r", 1, 1))
+    assert isinstance(refused, RefuseTransfer)
+    assert held_and_leased(home) == (0, 0)
+
+
 def test_the_next_turn_hits_at_home() -> None:
     source, home = worker("me"), worker("home")
     computed(source)

@@ -261,6 +261,16 @@ def test_several_tokens_in_one_step_are_taken_up_to_the_end() -> None:
     assert request.finish_reason is FinishReason.LENGTH
 
 
+def test_several_tokens_that_end_a_request_leave_its_full_blocks_in_the_cache() -> None:
+    """As they would, had they come one by one."""
+    for num_sampled in (1, 4):
+        bench = Bench()
+        request = bench.add(5, max_tokens=4)
+        while request.finish_reason is None:
+            bench.end(bench.begin(), num_sampled)
+        assert bench.manager.ledger().cached == 2  # eight tokens have been computed
+
+
 def test_several_tokens_without_room_for_them_are_computed_again() -> None:
     bench = Bench(num_blocks=3, enable_prefix_caching=False)
     first = bench.add(3, first_token=1, max_tokens=9)

@@ -10,7 +10,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from engine.config import PullConfig
+from engine.config import HostTierConfig, PullConfig
 from engine.events import (
     Event,
     PullRefused,
@@ -33,13 +33,17 @@ HOMES = st.permutations([f"w{place}" for place in range(NUM_WORKERS)])
 PULLS = PullConfig(s_per_token=0.5, deadline_s=60.0, max_served=2, max_returns=2)
 
 
+def worker(name: str, host: HostTierConfig | None) -> FakeWorker:
+    changes = {} if host is None else {"host": host}
+    return measured(FakeWorker(num_blocks=10, worker_id=name, max_num_seqs=3, pulls=PULLS, **changes))
+
+
 class HandoffMachine(RuleBasedStateMachine):
+    HOST: HostTierConfig | None = None
+
     def __init__(self) -> None:
         super().__init__()
-        self.workers = [
-            measured(FakeWorker(num_blocks=10, worker_id=f"w{place}", max_num_seqs=3, pulls=PULLS))
-            for place in range(NUM_WORKERS)
-        ]
+        self.workers = [worker(f"w{place}", self.HOST) for place in range(NUM_WORKERS)]
         self.network = FakeNetwork(self.workers)
         self.prompts: dict[str, list[int]] = {}
         self.sources: dict[str, FakeWorker] = {}

@@ -54,8 +54,10 @@ async def test_blocks_arrive_whole_chunk_by_chunk(pair: tuple[Worker, Worker]) -
     sent = source.store.pool[[3, 1, 4, 15, 9, 2, 6, 5, 35, 8, 7]]
     assert torch.equal(destination.store.pool[list(target)], sent)
     assert not destination.store.pool[:40].any()
-    assert destination.agent.stats == TransferStats(1, 11 * LAYOUT.block_nbytes)
-    assert source.agent.stats == TransferStats(), "what was sent counts where it was received"
+    assert destination.agent.stats == TransferStats(1, 11 * LAYOUT.block_nbytes, block_nbytes=LAYOUT.block_nbytes)
+    assert source.agent.stats == TransferStats(block_nbytes=LAYOUT.block_nbytes), (
+        "what was sent counts where it was received"
+    )
 
 
 async def test_only_what_the_destination_lacks_moves(pair: tuple[Worker, Worker]) -> None:
@@ -274,7 +276,7 @@ async def _move_flipped(checksum: str) -> tuple[list[str], bool]:
     await source.host.next("closed", transfer_id)
     ends = destination.host.ends(transfer_id)
     if ends == ["lost"]:
-        assert destination.agent.stats == TransferStats(0, 0, ((TransferFailure.CORRUPT, 1),))
+        assert destination.agent.stats == TransferStats(0, 0, ((TransferFailure.CORRUPT, 1),), LAYOUT.block_nbytes)
         assert source.agent.stats.num_failed == ((TransferFailure.ABORTED, 1),), "the cause counts where it was seen"
     is_equal = torch.equal(destination.store.pool[:2], source.store.pool[:2])
     await source.stop()

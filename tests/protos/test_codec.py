@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from protos import codec
+from protos.step_moments import TERMS, StepKind, StepMoments
 from protos.types import (
     Abort,
     FinishReason,
@@ -87,7 +88,8 @@ def test_command_survives_the_wire() -> None:
 def test_report_survives_the_wire() -> None:
     account = WorkerAccount(3, 0.1, 0.2, 1, 4096, 0.3, 0.05, 64, ServingMode.RECOMPUTED, "checksum mismatch")
     num_failed = ((TransferFailure.CORRUPT, 3), (TransferFailure.REFUSED, 4))
-    transfers = TransferStats(1, 2, num_failed)
+    transfers = TransferStats(1, 2, num_failed, 4096)
+    moments = tuple(StepMoments(kind, tuple(1.25 * i for i in range(len(TERMS)))) for kind in StepKind)
     report = WorkerReport(
         heartbeat=3,
         outputs=(
@@ -95,7 +97,7 @@ def test_report_survives_the_wire() -> None:
             TokenOutput("r2", 1, 0, (), FinishReason.ERROR, account, "why"),
         ),
         refusals=(HandoffRefused("r1", 1, "no room"),),
-        stats=WorkerStats(1, 2, 3, 4, 5, 6, 7, False, 8, 0.5, ("decode-0",), 11, transfers),
+        stats=WorkerStats(1, 2, 3, 4, 5, 6, 7, False, 8, 0.5, ("decode-0",), 11, transfers, moments),
     )
     assert codec.report_from_proto(codec.report_to_proto(report)) == report
 

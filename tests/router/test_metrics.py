@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from protos.step_moments import TERMS, StepKind, StepMoments
 from protos.types import FinishReason, ServingMode, TransferFailure, TransferStats, WorkerAccount
 from router.driver import Driver
 from router.events import Arrived, Fail, RefusedFor, Send, WorkerDown, WorkerUp
@@ -23,6 +24,7 @@ from tests.router.values import CONFIG, Transfers, arrived, output, peer, report
 ROOT = Path(__file__).resolve().parent.parent.parent
 PROMPT = list(range(9))
 P0 = {"worker": "p-0", "role": "prefill"}
+MOMENTS = (StepMoments(StepKind.DECODE, tuple(0.5 + i for i in range(len(TERMS)))),)
 
 
 class Recorder(WorkerChannel):
@@ -51,7 +53,7 @@ class Cluster:
         self.driver.channels[worker_id] = Recorder()
         self.driver.feed(WorkerUp(peer(worker_id)))
         self.status.note_up(peer(worker_id), 1)
-        self.driver.feed(reported(worker_id, stats=stats()))
+        self.driver.feed(reported(worker_id, stats=stats(step_moments=MOMENTS)))
 
     def report(self, at: float, worker_id: str, *outputs: object, **fields: object) -> None:
         self.now = at
@@ -188,7 +190,7 @@ def test_a_failure_is_named_by_its_status() -> None:
 def test_workers_are_told_as_they_report() -> None:
     cluster = Cluster("p-0", "d-0")
     cluster.status.set_expected(1, 2)
-    transfers = TransferStats(5, 1000, ((TransferFailure.CORRUPT, 2),))
+    transfers = TransferStats(5, 1000, ((TransferFailure.CORRUPT, 2),), block_nbytes=4096)
     report = stats(
         num_running=3,
         num_waiting=4,
@@ -207,9 +209,9 @@ def test_workers_are_told_as_they_report() -> None:
     cluster.report(1.0, "p-0", stats=report)
     told = {name: cluster.value(f"worker_{name}", **P0) for name in (
         "up", "running_requests", "waiting_requests", "pending_prefill_tokens", "prefill_token_seconds", "warm_links",
-        "ledger_imbalance", "steps_total", "kv_transfers_completed_total", "kv_transfer_bytes_total",
+        "ledger_imbalance", "steps_total", "kv_transfers_completed_total", "kv_transfer_bytes_total", "kv_block_bytes",
     )}  # fmt: skip
-    assert list(told.values()) == [1, 3, 4, 77, 0.25, 1, 1, 9, 5, 1000], told
+    assert list(told.values()) == [1, 3, 4, 77, 0.25, 1, 1, 9, 5, 1000, 4096], told
     blocks = {state: cluster.value("worker_kv_blocks", state=state, **P0) for state in ("free", "cached", "held")}
     assert blocks == {"free": 10, "cached": 20, "held": 25}
     assert cluster.value("worker_kv_blocks", state="leased", **P0) == 4
@@ -218,6 +220,14 @@ def test_workers_are_told_as_they_report() -> None:
     assert cluster.value("worker_ledger_imbalance", worker="d-0", role="decode") == 0
     assert cluster.value("workers", role="prefill", state="up") == 1
     assert cluster.value("workers_expected", role="decode") == 2
+
+
+def test_what_steps_cost_is_told_of_all_workers_together_and_never_falls() -> None:
+    cluster = Cluster("p-0", "d-0")
+    told = [cluster.value("step_moments_total", kind="decode", term=term) for term in TERMS]
+    assert told == [2 * value for value in MOMENTS[0].sums]
+    cluster.driver.feed(WorkerDown("d-0", peer("d-0").incarnation, "lost"))
+    assert [cluster.value("step_moments_total", kind="decode", term=term) for term in TERMS] == told
 
 
 CALLS = st.lists(

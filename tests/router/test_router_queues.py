@@ -42,7 +42,7 @@ def test_more_is_sent_when_a_prompt_is_prefilled_and_not_before() -> None:
     assert sent(router.on(arrived("c", prompt(3)), 2.0)) == []
     assert sent(router.on(Tick(), 2.5)) == []
     view = router.view.workers["p-0"]
-    assert (view.num_pending_tokens, view.backlog_s, view.sent_s, len(view.queue)) == (18, 18.0, 6.0, 2)
+    assert (view.num_pending_tokens, view.backlog_s(1.0), view.sent_s, len(view.queue)) == (18, 18.0, 6.0, 2)
     assert not router.view.workers["d-0"].placed_blocks.keys() & {"b", "c"}, "a queued request holds nothing"
     effects = router.on(reported("p-0", output("a", 0, 7)), 3.0)
     assert sent(effects) == [("d-0", "b"), ("p-0", "b")]
@@ -173,7 +173,7 @@ def test_every_policy_places_and_does_so_again_alike(name: PolicyName) -> None:
 def test_a_pull_from_home_is_reckoned_with() -> None:
     """Away from home the worker computes what it cannot fetch, and is charged with that only."""
     config = replace(CONFIG, cost=SECOND_PER_TOKEN, refuses_early=False, ttft_slo_s=1.0, pull_s_per_token=0.01)
-    config = replace(config, policy=PolicyConfig("home_pair", num_sampled=9, affinity_share=0.0))
+    config = replace(config, policy=PolicyConfig("home_pair", num_sampled=9, duplicate_cost=0.0))
     router = make_router(*(f"p-{i}" for i in range(4)), config=config)
     shared = prompt(1, 40)
     effects = [sends(router.on(arrived(f"r{i}", [*shared, 1000 + i]), 0.0)) for i in range(4)]

@@ -299,7 +299,7 @@ class RouterMachine(RuleBasedStateMachine):
             assert not view.pending_tokens
             assert not view.placed_blocks
             assert not view.decoding
-            assert view.backlog_s == 0
+            assert view.backlog_s(1.0) == 0
         assert not self.router._queues._members
         assert not any(worker.jobs for worker in self.workers.values()), "every worker was told"
 

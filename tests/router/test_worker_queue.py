@@ -3,7 +3,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from router.queue_order import Queued, make_order
+from router.queue_order import Queued, QueueOrderName, make_order
 from router.worker_queue import WorkerQueue
 
 
@@ -45,6 +45,20 @@ def test_the_sums_are_those_of_the_entries(changes: list[tuple[int, int, float]]
         assert len(told) == before + 1
         assert len(queue) == len(there)
         assert queue.num_tokens == sum(one.num_tokens for one in there.values())
-        assert abs(queue.work_s - sum(one.prefill_s for one in there.values())) < 1e-6
+        assert abs(queue.work_s - sum(one.prefill_s for one in there.values())) < 1e-5  # whole microseconds each
         assert there or queue.work_s == 0
     assert queue.remove("nobody") is None
+
+
+def test_what_goes_before_a_request_is_by_the_order() -> None:
+    expected: tuple[tuple[QueueOrderName, float], ...]
+    expected = (("first_come", 3.3), ("cached_first", 3.3), ("shortest_remaining", 0.3))
+    for order, before_s in expected:
+        queue = WorkerQueue(make_order(order, 30.0), 1, lambda: None)
+        for request_id, prefill_s in (("a", 0.1), ("b", 0.2), ("c", 3.0)):
+            queue.put(entry(request_id, 1, prefill_s))
+        assert abs(queue.work_before_s(1.0) - before_s) < 1e-6, order
+    queue = WorkerQueue(make_order("moore_hodgson", 30.0), 1, lambda: None)
+    queue.put(entry("long", 1, 3.0))
+    assert queue.work_before_s(1.0) == 0
+    assert queue.work_s == 3.0

@@ -16,7 +16,7 @@ from simulator.sweep import MAX_RETURNS, contender
 from tests.simulator.test_cluster import CAREFULLY, conserved
 from tests.simulator.values import HARDWARE, request, setup, workloads
 
-HOME_PAIR = PolicyConfig("home_pair", num_sampled=2, affinity_share=0.0)
+HOME_PAIR = PolicyConfig("home_pair", num_sampled=2, remembers=False, duplicate_cost=0.0)
 
 
 def returning(**changes: object) -> Setup:

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from protos.cost_model import HARDWARE
 from simulator.limits import check_slos, mean_decode_s, mean_prefill_s, reference_of
+from simulator.offered import Compressed
 from simulator.report import Report, as_json, points_of
 from simulator.requests import SimRequest
 from simulator.result import Summary
@@ -169,7 +170,7 @@ def test_slos_that_nothing_can_meet_are_refused() -> None:
 
 def report(*cases: CaseResult) -> Report:
     requests = tuple(prompts((1, 2), (1, 3), (1, 2, 4)))
-    experiment = Experiment(requests, SETUP, (Variant("one", default_router()),), (1.0, 2.0), (0, 1))
+    experiment = Experiment(Compressed(requests), SETUP, (Variant("one", default_router()),), (1.0, 2.0), (0, 1))
     return Report(experiment, "trace", "8b-h100", reference_of(requests, SETUP), cases)
 
 

@@ -73,7 +73,7 @@ def test_kv_placed_under_an_earlier_key_is_found_again() -> None:
     seen = request(view, links)
     assert before[0] not in seen.home_pair(), "its key has changed, and with it its home"
     assert before[0] in seen.earlier_homes()
-    assert HomePair(num_sampled=0, pulls=True, affinity_s=-1.0).place(seen).worker_id == before[0]
+    assert HomePair(num_sampled=0, pulls=True, remembers=False, duplicate_cost=0.0).place(seen).worker_id == before[0]
     # Once a home has what the key stands for, nobody else is asked.
     view.workers[seen.home_pair()[0]].prefixes.note(links)
     assert request(view, links).earlier_homes() == ()

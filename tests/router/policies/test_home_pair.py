@@ -20,25 +20,37 @@ def view(home: Load, others: Load, num_tokens: int = 1000, pull_s: float = PULL_
     return FakeView(loads, num_tokens, pull_s_per_token=pull_s)
 
 
-def place(seen: FakeView, num_sampled: int = ALL, pulls: bool = True, affinity_s: float = -1.0) -> Choice:
-    """Without affinity, unless it is asked for."""
-    return HomePair(num_sampled, pulls, affinity_s).place(seen)
+def place(seen: FakeView, num_sampled: int = ALL, pulls: bool = True, duplicate_cost: float = 0.0) -> Choice:
+    """Copies are free, unless it is asked for."""
+    return HomePair(num_sampled, pulls, remembers=True, duplicate_cost=duplicate_cost).place(seen)
 
 
-def test_affinity_holds_until_its_time_is_over() -> None:
-    seen = view(Load(300, num_cached_tokens=800), Load(0))
-    choice = place(seen, affinity_s=0.5)  # 0.3 s of backlog and 0.2 s of its own, to the last bit
-    assert choice.reason == "affinity: TTFT 0.50 s with 800 tokens cached, at most 0.5 s"
-    assert away(seen, place(seen, affinity_s=0.49))
+def test_a_copy_is_charged_what_it_takes_from_others() -> None:
+    seen = view(Load(300, num_cached_tokens=800), Load(0))  # 0.5 s at home; away 0.36 s and a copy of 800 tokens
+    assert away(seen, place(seen))
+    assert away(seen, place(seen, duplicate_cost=0.17))
+    assert not away(seen, place(seen, duplicate_cost=0.18))
     nothing_held = view(Load(300), Load(0))
-    assert away(nothing_held, place(nothing_held, affinity_s=10.0))
+    assert away(nothing_held, place(nothing_held, duplicate_cost=10.0))
+
+
+def test_where_its_last_turn_was_placed_is_a_candidate() -> None:
+    last = next(worker_id for worker_id in IDLE if worker_id not in HOME)
+    loads = {**IDLE, last: Load(100, num_cached_tokens=800)}
+    seen = FakeView(loads, 1000, pull_s_per_token=inf, last_place=last)
+    assert place(seen, num_sampled=0).worker_id == last
+    assert not away(seen, HomePair(0, True, remembers=False, duplicate_cost=0.0).place(seen))
+    # Too busy, it is pulled from.
+    loads[last] = Load(1000, num_cached_tokens=800)
+    choice = place(FakeView(loads, 1000, pull_s_per_token=PULL_S, last_place=last), num_sampled=0)
+    assert (choice.worker_id in HOME, choice.sources) == (True, (last, *HOME))
 
 
 def test_an_idle_home_keeps_its_prefix() -> None:
     seen = view(Load(0, num_cached_tokens=800), Load(0))
     choice = place(seen)
     assert not away(seen, choice)
-    assert choice.reason == "home: TTFT 0.20 s with 800 tokens cached, the least of 8"
+    assert choice.reason == "home: TTFT 0.20 s with 800 tokens cached, the best of 8"
 
 
 def test_ties_go_home() -> None:
@@ -54,7 +66,7 @@ def test_a_busy_home_is_pulled_from() -> None:
     choice = place(seen)
     assert away(seen, choice)
     # 800 x 0.2 ms pulled + 200 x 1 ms computed, against 0.3 s of backlog + 0.2 s at home.
-    assert choice.reason == "away from home: TTFT 0.36 s with 0 tokens cached and 800 pulled, the least of 8"
+    assert choice.reason == "away from home: TTFT 0.36 s with 0 tokens cached and 800 pulled, the best of 8"
     # Computed afresh, it would take 1 s: no reason to leave.
     assert not away(seen, place(seen, pulls=False))
     assert not away(seen, place(view(Load(300, num_cached_tokens=800), Load(0), pull_s=inf)))
@@ -71,7 +83,7 @@ def test_one_home_pulls_from_the_other() -> None:
     loads = {**IDLE, HOME[0]: Load(1000, num_cached_tokens=800)}
     choice = place(FakeView(loads, 1000, pull_s_per_token=PULL_S), num_sampled=0)
     assert choice.worker_id == HOME[1]
-    assert choice.reason == "home: TTFT 0.36 s with 0 tokens cached and 800 pulled, the least of 2"
+    assert choice.reason == "home: TTFT 0.36 s with 0 tokens cached and 800 pulled, the best of 2"
     assert choice.sources == HOME
 
 

@@ -69,6 +69,7 @@ class FakeView:
         seed: int = 0,
         earlier_homes: Sequence[str] = (),
         prefill_s_per_token: float = PREFILL_S_PER_TOKEN,
+        last_place: str | None = None,
     ) -> None:
         self.num_tokens = num_tokens
         self.links: Sequence[bytes] = tuple(f"{prefix}/{index}".encode() for index in range(num_tokens // BLOCK))
@@ -77,6 +78,7 @@ class FakeView:
         self._pull_s_per_token = pull_s_per_token
         self._sampler = Sampler(seed)
         self._earlier_homes = earlier_homes
+        self._last_place = last_place
         self._prefill_s_per_token = prefill_s_per_token
         self._rings = rings_of(frozenset(loads))
 
@@ -95,7 +97,7 @@ class FakeView:
             worker_id,
             num_cached_tokens=load.num_cached_tokens,
             num_pending_tokens=load.num_pending_tokens,
-            backlog_s=load.num_pending_tokens * self._prefill_s_per_token,
+            backlog_s=self.backlog_s(worker_id, self._prefill_s(load.num_cached_tokens)),
             prefill_s=self._prefill_s(load.num_cached_tokens),
             num_blocks=100,
             num_free_blocks=100 - load.num_held_blocks,
@@ -123,10 +125,17 @@ class FakeView:
         self.asked["earlier_homes"] += 1
         return self._earlier_homes
 
+    def last_place(self) -> str | None:
+        self.asked["last_place"] += 1
+        return self._last_place
+
     def ring(self, key: bytes) -> Iterator[str]:
         for worker_id in self._rings.rings[0].walk(key):
             self.asked["ring"] += 1
             yield worker_id
+
+    def backlog_s(self, worker_id: str, prefill_s: float) -> float:
+        return self._loads[worker_id].num_pending_tokens * self._prefill_s_per_token
 
     def prefill_s(self, worker_id: str, num_cached_tokens: int) -> float:
         assert worker_id in self._loads
