@@ -29,7 +29,7 @@ NUM_BLOCKS = HARDWARE[ROW].num_kv_tokens // 64
 MODELLED = (
     *PATIENT,
     *(f"engine.modelled={ROW}", f"engine.num_blocks={NUM_BLOCKS}", "engine.max_num_batched_tokens=1024"),
-    *("num_prefill=2", "num_decode=2", "router.dispatch_tokens=2048"),
+    *("num_prefill=2", "num_decode=2", "router.dispatch_tokens=2048", "router.refuses_early=false"),
 )
 REAL = (*PATIENT, "router.dispatch_tokens=1024", "router.refuses_early=false")
 LOADS = (0.3, 0.5, 0.65, 0.8)  # of the rate at which perfectly balanced workers saturate

@@ -304,6 +304,7 @@ class WorkerCore:
             num_pending_prefill_tokens=sum(request.num_pending_prefill_tokens for request in queued),
             prefill_s_per_token=self._speed.s_per_token,
             num_steps=self._scheduler.num_steps,
+            num_host_blocks=ledger.host_total,
             step_moments=self._costs.moments(),
         )
 

@@ -288,6 +288,7 @@ def _stats_to_proto(stats: WorkerStats) -> pb.WorkerStats:
         warm_links=stats.warm_links,
         num_steps=stats.num_steps,
         transfers=_transfers_to_proto(stats.transfers),
+        num_host_blocks=stats.num_host_blocks,
         step_moments=[pb.StepMoments(kind=each.kind.value, sums=each.sums) for each in stats.step_moments],
     )
 
@@ -307,6 +308,7 @@ def _stats_from_proto(message: pb.WorkerStats) -> WorkerStats:
         warm_links=tuple(message.warm_links),
         num_steps=message.num_steps,
         transfers=_transfers_from_proto(message.transfers),
+        num_host_blocks=message.num_host_blocks,
         step_moments=tuple(StepMoments(StepKind(each.kind), tuple(each.sums)) for each in message.step_moments),
     )
 

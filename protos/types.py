@@ -197,6 +197,7 @@ class WorkerStats:
     warm_links: tuple[str, ...] = ()
     num_steps: int = 0
     transfers: TransferStats = TransferStats()
+    num_host_blocks: int = 0  # of host memory, where evicted KV is kept
     step_moments: tuple[StepMoments, ...] = ()  # of the kinds of steps that there were, by name
 
 

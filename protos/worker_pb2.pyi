@@ -273,7 +273,7 @@ class StepMoments(_message.Message):
     def __init__(self, kind: _Optional[str] = ..., sums: _Optional[_Iterable[float]] = ...) -> None: ...
 
 class WorkerStats(_message.Message):
-    __slots__ = ("num_running", "num_waiting", "num_blocks", "num_free_blocks", "num_cached_blocks", "num_held_blocks", "num_leased_blocks", "ledger_balanced", "num_pending_prefill_tokens", "prefill_s_per_token", "warm_links", "num_steps", "transfers", "step_moments")
+    __slots__ = ("num_running", "num_waiting", "num_blocks", "num_free_blocks", "num_cached_blocks", "num_held_blocks", "num_leased_blocks", "ledger_balanced", "num_pending_prefill_tokens", "prefill_s_per_token", "warm_links", "num_steps", "transfers", "num_host_blocks", "step_moments")
     NUM_RUNNING_FIELD_NUMBER: _ClassVar[int]
     NUM_WAITING_FIELD_NUMBER: _ClassVar[int]
     NUM_BLOCKS_FIELD_NUMBER: _ClassVar[int]
@@ -287,6 +287,7 @@ class WorkerStats(_message.Message):
     WARM_LINKS_FIELD_NUMBER: _ClassVar[int]
     NUM_STEPS_FIELD_NUMBER: _ClassVar[int]
     TRANSFERS_FIELD_NUMBER: _ClassVar[int]
+    NUM_HOST_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     STEP_MOMENTS_FIELD_NUMBER: _ClassVar[int]
     num_running: int
     num_waiting: int
@@ -301,8 +302,9 @@ class WorkerStats(_message.Message):
     warm_links: _containers.RepeatedScalarFieldContainer[str]
     num_steps: int
     transfers: TransferStats
+    num_host_blocks: int
     step_moments: _containers.RepeatedCompositeFieldContainer[StepMoments]
-    def __init__(self, num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., num_blocks: _Optional[int] = ..., num_free_blocks: _Optional[int] = ..., num_cached_blocks: _Optional[int] = ..., num_held_blocks: _Optional[int] = ..., num_leased_blocks: _Optional[int] = ..., ledger_balanced: _Optional[bool] = ..., num_pending_prefill_tokens: _Optional[int] = ..., prefill_s_per_token: _Optional[float] = ..., warm_links: _Optional[_Iterable[str]] = ..., num_steps: _Optional[int] = ..., transfers: _Optional[_Union[TransferStats, _Mapping]] = ..., step_moments: _Optional[_Iterable[_Union[StepMoments, _Mapping]]] = ...) -> None: ...
+    def __init__(self, num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., num_blocks: _Optional[int] = ..., num_free_blocks: _Optional[int] = ..., num_cached_blocks: _Optional[int] = ..., num_held_blocks: _Optional[int] = ..., num_leased_blocks: _Optional[int] = ..., ledger_balanced: _Optional[bool] = ..., num_pending_prefill_tokens: _Optional[int] = ..., prefill_s_per_token: _Optional[float] = ..., warm_links: _Optional[_Iterable[str]] = ..., num_steps: _Optional[int] = ..., transfers: _Optional[_Union[TransferStats, _Mapping]] = ..., num_host_blocks: _Optional[int] = ..., step_moments: _Optional[_Iterable[_Union[StepMoments, _Mapping]]] = ...) -> None: ...
 
 class WorkerFrame(_message.Message):
     __slots__ = ("hello", "heartbeat", "outputs", "refusals", "stats")

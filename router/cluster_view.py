@@ -170,8 +170,9 @@ class ClusterView:
         return self.workers.get(view.worker_id) is view
 
     def note_stats(self, view: WorkerView, stats: WorkerStats) -> None:
-        if stats.num_blocks != view.stats.num_blocks:
-            view.prefixes.resize(stats.num_blocks * self._config.block_size // self._config.hash_block_size)
+        num_blocks = stats.num_blocks + stats.num_host_blocks
+        if num_blocks != view.stats.num_blocks + view.stats.num_host_blocks:
+            view.prefixes.resize(num_blocks * self._config.block_size // self._config.hash_block_size)
         if stats.warm_links != view.stats.warm_links:
             view.warm_links = frozenset(stats.warm_links)
         view.stats = stats

@@ -36,6 +36,7 @@ C = TypeVar("C", bound="DataclassInstance")
 
 WORKERS = re.compile(r"(\d+)p(?:(\d+)d)?|(\d+)c")
 DEFAULT_NUM_GENERATED = 2000
+SHARES_OF_KEPT = (0.05, 0.1, 0.2, 0.4, 0.8)  # of the reference: caches do not hold all sessions that it would take
 NUM_STEP_BUDGETS = 2  # of tokens sent to a worker ahead of its work, where nothing else is asked for
 SECTIONS = ("router", "scheduler", "transfer")  # of a Setup, in the names of settings
 
@@ -88,7 +89,7 @@ def experiment_of(plan: Plan, rng_of: Callable[[str], Random]) -> tuple[Experime
     setup = setup_of(plan)
     check_slos(offered.own, setup, MIN_ATTAINMENT)
     seeds = tuple(range(plan.seed, plan.seed + plan.num_seeds))
-    rates = parse_rates(plan.rate) if plan.rate else default_rates(reference_for(offered, setup).rate)
+    rates = parse_rates(plan.rate) if plan.rate else default_rates(offered, setup)
     fewest = offered.at(max(rates))  # at lower rates there are no fewer, and they take longer
     if setup.num_warmup >= len(fewest):
         raise ValueError(f"warmup {setup.num_warmup} leaves none of {len(fewest)} requests at {max(rates):g} a second")
@@ -96,8 +97,10 @@ def experiment_of(plan: Plan, rng_of: Callable[[str], Random]) -> tuple[Experime
     return Experiment(offered, setup, variants_of(plan, setup), rates, seeds, window_s=plan.window_s), notes
 
 
-def default_rates(reference: float) -> tuple[float, ...]:
-    return tuple(float(f"{reference * share:.3g}") for share in DEFAULT_SHARES)
+def default_rates(offered: OfferedLoad, setup: Setup) -> tuple[float, ...]:
+    shares = DEFAULT_SHARES if isinstance(offered, Compressed) else SHARES_OF_KEPT
+    reference = reference_for(offered, setup).rate
+    return tuple(float(f"{reference * share:.3g}") for share in shares)
 
 
 # --- requests -------------------------------------------------------------------------------------------------------

@@ -97,7 +97,7 @@ def test_report_survives_the_wire() -> None:
             TokenOutput("r2", 1, 0, (), FinishReason.ERROR, account, "why"),
         ),
         refusals=(HandoffRefused("r1", 1, "no room"),),
-        stats=WorkerStats(1, 2, 3, 4, 5, 6, 7, False, 8, 0.5, ("decode-0",), 11, transfers, moments),
+        stats=WorkerStats(1, 2, 3, 4, 5, 6, 7, False, 8, 0.5, ("decode-0",), 11, transfers, 12, moments),
     )
     assert codec.report_from_proto(codec.report_to_proto(report)) == report
 

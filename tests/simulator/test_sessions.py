@@ -195,18 +195,17 @@ def test_a_generated_load_is_what_is_generated() -> None:
     assert len(load.own) == 50
 
 
-@pytest.mark.parametrize("rate", [2.0, 12.0])
+@pytest.mark.parametrize("rate", [2.0, 6.0])
 @pytest.mark.parametrize(
     "load",
-    [Generated(preset("tool_agent"), 3000, Random, "7"), Regrouped(trace_of(Random(5), 2500), 3000)],
+    [Generated(preset("tool_agent"), 600, Random, "7"), Regrouped(trace_of(Random(5), 900), 600)],
     ids=lambda load: type(load).__name__,
 )
 def test_the_rate_is_that_of_what_comes_after_the_warm_up(load: OfferedLoad, rate: float) -> None:
     requests = load.at(rate)
     num_warmup = num_before(requests, WARMUP_S)
-    assert rate_of(requests[num_warmup:]) == pytest.approx(rate, rel=0.01)
-    assert 0 < num_warmup < len(requests) / 2
-    assert 2500 < len(requests) <= 3000
+    assert rate_of(requests[num_warmup:]) == pytest.approx(rate, rel=0.02)
+    assert 0 < num_warmup < 500 < len(requests) <= 600
 
 
 def test_a_compressed_load_moves_all_alike() -> None:
