@@ -1,5 +1,6 @@
-"""The one thread that owns a worker's scheduler and blocks. Takes events from any thread between steps, runs the step,
-and hands every batch of effects to the event loop in one call."""
+"""The one thread that owns a worker's scheduler and blocks. Takes events from any thread as they come, hands every
+batch of effects to the event loop in one call, and leaves the steps to a second thread: a question to this worker, or
+a grant, must not wait for a step that it has nothing to do with."""
 
 from __future__ import annotations
 
@@ -7,6 +8,8 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from queue import SimpleQueue
 
 from engine.events import Effect, Event
 from engine.scheduler_output import SchedulerOutput, StepResult
@@ -18,8 +21,17 @@ logger = logging.getLogger("twinring.engine")
 STATS_INTERVAL_S = 0.2
 
 
+@dataclass(slots=True)
+class _Step:
+    output: SchedulerOutput
+    started_at: float
+    duration_s: float = 0.0
+    result: StepResult | None = None  # set last, by the step thread
+
+
 class EngineThread:
-    """Invariant: nobody else touches `core` once the thread has started."""
+    """Invariant: nobody else touches `core` once the thread has started. At most one step is under way; it reads what
+    the core has lent it (ScheduledRequest), which no event changes, and writes to blocks that nobody else has."""
 
     def __init__(
         self,
@@ -28,7 +40,7 @@ class EngineThread:
         deliver: Callable[[Sequence[Effect]], None],
         on_crash: Callable[[BaseException], None],
     ) -> None:
-        """`deliver` and `on_crash` are called on the engine thread; they only pass on."""
+        """`deliver` and `on_crash` are called on the engine thread; they only pass on. `execute` has a thread too."""
         self._core = core
         self._execute = execute
         self._deliver = deliver
@@ -36,53 +48,69 @@ class EngineThread:
         self._inbox: list[Event] = []
         self._fence_reason: str | None = None
         self._stopping = False
+        self._has_news = False
         self._wake = threading.Condition()
-        self._step_started_at: float | None = None
+        self._step: _Step | None = None  # under way, or over and not yet taken over
+        self._steps: SimpleQueue[_Step | None] = SimpleQueue()
         self.stats: WorkerStats = core.stats()
         self._stats_due_at = 0.0
         self._thread = threading.Thread(target=self._run, name="twinring-engine", daemon=True)
+        self._step_thread = threading.Thread(target=self._run_steps, name="twinring-step", daemon=True)
 
     def start(self) -> None:
+        self._step_thread.start()
         self._thread.start()
 
     def post(self, *events: Event) -> None:
         with self._wake:
             self._inbox.extend(events)
-            self._wake.notify()
+            self._tell()
 
     def fence(self, reason: str) -> None:
         """End every request here without a word to the router: somebody else may own them by now."""
         with self._wake:
             self._fence_reason = reason
-            self._wake.notify()
+            self._tell()
 
     def stop(self, timeout_s: float) -> bool:
-        """False where the thread was still in a step after timeout_s."""
+        """False where a thread was still in a step, or in the core, after timeout_s."""
+        give_up_at = time.monotonic() + timeout_s
         with self._wake:
             self._stopping = True
-            self._wake.notify()
-        self._thread.join(timeout_s)
-        return not self._thread.is_alive()
+            self._tell()
+        self._steps.put(None)
+        for thread in (self._thread, self._step_thread):
+            thread.join(max(0.0, give_up_at - time.monotonic()))
+        return not (self._thread.is_alive() or self._step_thread.is_alive())
 
     def step_age_s(self, now: float) -> float:
         """How long the current step has been running; 0 between steps."""
-        started_at = self._step_started_at
-        return 0.0 if started_at is None else now - started_at
+        step = self._step
+        return 0.0 if step is None else now - step.started_at
+
+    # --- the owner of the core ----------------------------------------------------------------------------------------
 
     def _run(self) -> None:
         try:
-            busy = False
             while not self._stopping:
-                self._handle(self._take(wait=not busy))
-                busy = self._step()
+                self._handle(self._take())
+                if self._step is not None and self._step.result is not None:
+                    self._end_step(self._step, self._step.result)
+                if self._step is None:
+                    self._start_step()
         except BaseException as error:  # the thread is the worker: whatever ended it must end the worker
             logger.exception("engine thread ended")
             self._on_crash(error)
 
-    def _take(self, wait: bool) -> list[Event]:
+    def _take(self) -> list[Event]:
+        """Wait for events, the end of a step or a deadline."""
+        now, deadline = time.monotonic(), self._core.deadline
+        due_at = now + STATS_INTERVAL_S
+        if self._step is None and deadline is not None:
+            due_at = min(due_at, deadline)
         with self._wake:
-            if wait and not self._inbox and not self._stopping and self._fence_reason is None:
-                self._wake.wait(STATS_INTERVAL_S)
+            self._wake.wait_for(lambda: self._has_news, max(0.0, due_at - now))
+            self._has_news = False
             events, self._inbox = self._inbox, []
             return events
 
@@ -99,19 +127,37 @@ class EngineThread:
             self.stats = self._core.stats()
             self._stats_due_at = now + STATS_INTERVAL_S
 
-    def _step(self) -> bool:
-        """Run one step; False where there was nothing to compute."""
+    def _start_step(self) -> None:
         output, opened = self._core.schedule(time.monotonic())
         if opened:
             self._deliver(opened)
-        if output is None:
-            return False
-        started_at = self._step_started_at = time.monotonic()
-        result = self._execute(output)
-        ended_at = time.monotonic()
-        self._step_started_at = None
-        self._core.note_step(output, ended_at - started_at)
-        effects = self._core.update_from_output(output, result, ended_at)
+        if output is not None:
+            self._step = _Step(output, time.monotonic())
+            self._steps.put(self._step)
+
+    def _end_step(self, step: _Step, result: StepResult) -> None:
+        self._step = None
+        self._core.note_step(step.output, step.duration_s)
+        effects = self._core.update_from_output(step.output, result, time.monotonic())
         if effects:
             self._deliver(effects)
-        return True
+
+    def _tell(self) -> None:
+        """With the lock held."""
+        self._has_news = True
+        self._wake.notify()
+
+    # --- the thread of the steps --------------------------------------------------------------------------------------
+
+    def _run_steps(self) -> None:
+        try:
+            while (step := self._steps.get()) is not None:
+                started_at = time.monotonic()
+                result = self._execute(step.output)
+                step.duration_s = time.monotonic() - started_at
+                with self._wake:
+                    step.result = result
+                    self._tell()
+        except BaseException as error:  # a step that failed may have written half of its blocks
+            logger.exception("step thread ended")
+            self._on_crash(error)

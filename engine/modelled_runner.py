@@ -1,5 +1,5 @@
-"""Stands in for a model: a step computes nothing, lasts as long as the cost model says, and repeats the prompt. For load
-tests of what is around the model."""
+"""Stands in for a model, for load tests of what is around it: a step computes nothing, lasts as long as the cost model
+says, and repeats the prompt."""
 
 from __future__ import annotations
 

@@ -1,10 +1,11 @@
 """The receiving end of one link at work: receive into staging, verify, scatter. Decides which chunk gets the next free
-staging slot and the next number on the link, and nothing about transfers."""
+staging slot and the next number on the link (the most urgent, then the first that came), and nothing about
+transfers."""
 
 from __future__ import annotations
 
 import asyncio
-from collections import deque
+from bisect import insort
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -14,8 +15,9 @@ from kvtransfer.block_store import BlockStore
 from kvtransfer.config import TransferConfig
 from kvtransfer.lane_thread import LaneThread, Ticket
 from kvtransfer.staging import StagingRing, as_bytes, checksum_of
+from kvtransfer.transfer import URGENCY
 from kvtransfer.transport import LinkFailed, ReceiverLink
-from protos.types import TransferFailure
+from protos.types import TransferFailure, TransferKind
 
 OnPosted = Callable[[bytes, int, int, int], None]  # transfer_id, seq, number, num_bytes
 OnEnded = Callable[[bytes, int, str, TransferFailure], None]  # transfer_id, seq, error, of what class
@@ -27,6 +29,7 @@ class _Chunk:
     seq: int
     block_ids: tuple[int, ...]
     checksum: int
+    urgency: int  # less is more
     slot: int = -1
     number: int = -1
     is_cancelled: bool = False  # on_ended has been or need not be called
@@ -59,21 +62,24 @@ class DestinationLane:
         self._loop = asyncio.get_running_loop()
         self._thread = LaneThread(name)
         self._join_timeout_s = config.connect_timeout_s + config.chunk_timeout_s
-        self._waiting: deque[_Chunk] = deque()
+        self._waiting: list[_Chunk] = []  # by urgency, then as they came
         self._posted: dict[tuple[bytes, int], _Chunk] = {}
         self._next_number = 0
 
     async def connect(self) -> None:
         await self._thread.run(self._link.connect)
 
-    def receive(self, transfer_id: bytes, seq: int, block_ids: tuple[int, ...], checksum: int) -> None:
-        self._waiting.append(_Chunk(transfer_id, seq, block_ids, checksum))
+    def receive(
+        self, transfer_id: bytes, seq: int, block_ids: tuple[int, ...], checksum: int, kind: TransferKind
+    ) -> None:
+        chunk = _Chunk(transfer_id, seq, block_ids, checksum, URGENCY.index(kind))
+        insort(self._waiting, chunk, key=lambda each: each.urgency)
         self._post_waiting()
 
     def cancel(self, transfer_id: bytes) -> list[int]:
         """Answers the chunks whose scatter has not begun and never will. Their bytes may still come, into staging."""
         dropped = [chunk for chunk in self._waiting if chunk.transfer_id == transfer_id]
-        self._waiting = deque(chunk for chunk in self._waiting if chunk.transfer_id != transfer_id)
+        self._waiting = [chunk for chunk in self._waiting if chunk.transfer_id != transfer_id]
         for chunk in self._posted.values():
             if chunk.transfer_id == transfer_id and chunk.ticket.cancel():
                 chunk.is_cancelled = True
@@ -90,7 +96,7 @@ class DestinationLane:
 
     def _post_waiting(self) -> None:
         while self._waiting and (slot := self._ring.take()) is not None:
-            chunk = self._waiting.popleft()
+            chunk = self._waiting.pop(0)
             chunk.slot, chunk.number = slot, self._next_number
             self._next_number += 1
             self._posted[chunk.transfer_id, chunk.seq] = chunk

@@ -45,7 +45,7 @@ from kvtransfer.messages import (
 from kvtransfer.peer_channel import ChannelLost, FrameStream, PeerChannel
 from kvtransfer.transfer import AbortAsked, CancelWork, LinkLost, Received, Tell, Tick
 from kvtransfer.transport import LinkFailed, ReceiverLink, Transport
-from protos.types import PeerRef, TransferFailure
+from protos.types import PeerRef, TransferFailure, TransferKind
 
 logger = logging.getLogger("twinring.kvtransfer")
 
@@ -189,9 +189,25 @@ class DestinationSide:
 
     # --- what the host asks for ---------------------------------------------------------------------------------------
 
-    def expect(self, transfer_id: bytes, source: PeerRef, request_id: str, attempt: int) -> None:
+    def expect(
+        self,
+        transfer_id: bytes,
+        source: PeerRef,
+        request_id: str,
+        attempt: int,
+        kind: TransferKind = TransferKind.HANDOFF,
+    ) -> None:
         stamp = Stamp(transfer_id, attempt, source.incarnation, self._me.incarnation)
-        self._apply(self._transfer(stamp, request_id), Announced(stamp, request_id))
+        self._apply(self._transfer(stamp, request_id, kind), Announced(stamp, request_id, kind))
+
+    def forget(self, transfer_id: bytes) -> bool:
+        """The other worker says that it offers nothing. False where it has offered, or the transfer has ended: then
+        that counts."""
+        transfer = self._transfers.get(transfer_id)
+        if transfer is None or transfer.state is not DestinationState.EXPECTED:
+            return False
+        del self._transfers[transfer_id]
+        return True
 
     def grant(self, transfer_id: bytes, num_held_blocks: int, block_ids: tuple[int, ...]) -> None:
         self._apply_if_open(transfer_id, Granted(num_held_blocks, block_ids))
@@ -218,7 +234,7 @@ class DestinationSide:
             self._counters.num_stale_messages += 1
             self._turn_away(peer, message, "another incarnation")
         elif isinstance(message, Offer):
-            self._apply(self._transfer(stamp, message.request_id), Received(message))
+            self._apply(self._transfer(stamp, message.request_id, message.kind), Received(message))
         elif (transfer := self._transfers.get(stamp.transfer_id)) is None:
             self._counters.num_unknown_transfers += 1
             self._turn_away(peer, message, "unknown transfer")
@@ -246,9 +262,9 @@ class DestinationSide:
 
     # --- carrying out -------------------------------------------------------------------------------------------------
 
-    def _transfer(self, stamp: Stamp, request_id: str) -> DestinationTransfer:
+    def _transfer(self, stamp: Stamp, request_id: str, kind: TransferKind) -> DestinationTransfer:
         block_nbytes = self._store.layout.block_nbytes
-        fresh = DestinationTransfer(stamp, request_id, block_nbytes, self._config)
+        fresh = DestinationTransfer(stamp, request_id, block_nbytes, self._config, kind)
         return self._transfers.setdefault(stamp.transfer_id, fresh)
 
     def _apply_if_open(self, transfer_id: bytes, event: DestinationEvent) -> None:
@@ -272,7 +288,7 @@ class DestinationSide:
                 self._loop.call_soon(self._host.on_offered, transfer_id, request_id, attempt, num_blocks)
             case Receive(seq=seq, block_ids=block_ids, checksum=checksum):
                 lane = self._peers[transfer.stamp.source_incarnation].lane
-                lane.receive(transfer_id, seq, block_ids, checksum)
+                lane.receive(transfer_id, seq, block_ids, checksum, transfer.kind)
             case CancelWork():
                 lane = self._peers[transfer.stamp.source_incarnation].lane
                 for seq in lane.cancel(transfer_id):

@@ -14,10 +14,11 @@ from protos.types import TransferFailure, TransferKind
 
 @dataclass(frozen=True, slots=True)
 class Announced:
-    """The router named the source, the request and the attempt."""
+    """The router, or for what it asked for itself our own worker, named the source, the request and the attempt."""
 
     stamp: Stamp
     request_id: str
+    kind: TransferKind = TransferKind.HANDOFF
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,15 +96,25 @@ class DestinationState(Enum):
 
 State = DestinationState
 
+_ANOTHER = "another transfer is announced by this id"
+
 
 class DestinationTransfer:
     """Invariant: granted blocks are being written only while `_receiving` names their chunk, and DONE is entered with
     `_receiving` empty. What the host was told of (EXPECTED and later) ends in one report, or in its own refusal."""
 
-    def __init__(self, stamp: Stamp, request_id: str, block_nbytes: int, config: TransferConfig) -> None:
+    def __init__(
+        self,
+        stamp: Stamp,
+        request_id: str,
+        block_nbytes: int,
+        config: TransferConfig,
+        kind: TransferKind = TransferKind.HANDOFF,
+    ) -> None:
         self.stamp = stamp
         self.state = State.NEW
         self.request_id = request_id
+        self.kind = kind
         self._block_nbytes = block_nbytes
         self._config = config
         self._heard_at = 0.0
@@ -157,20 +168,20 @@ class DestinationTransfer:
     def _on_announced(self, event: Announced) -> list[DestinationEffect]:
         if self.state not in (State.NEW, State.PARKED, State.WITHDRAWN):
             return []
-        was, known = self.state, (self.stamp, self.request_id)
+        was, known = self.state, (self.stamp, self.request_id, self.kind)
         self.state = State.EXPECTED
-        self.stamp, self.request_id = event.stamp, event.request_id
+        self.stamp, self.request_id, self.kind = event.stamp, event.request_id, event.kind
         if was is State.NEW:
             return []
         assert self._offer is not None
-        if known != (event.stamp, event.request_id):
-            refusal = Tell(Refuse(self._offer.stamp, "the router announced another transfer by this id"))
+        if known != (event.stamp, event.request_id, event.kind):
+            refusal = Tell(Refuse(self._offer.stamp, _ANOTHER))
             return [refusal] if was is State.PARKED else []
         return self._ask_host(self._offer) if was is State.PARKED else [self._give_up()]
 
     def _on_offer(self, offer: Offer) -> list[DestinationEffect]:
-        if offer.stamp != self.stamp or offer.request_id != self.request_id:
-            return [Tell(Refuse(offer.stamp, "the router announced another transfer by this id"))]
+        if (offer.stamp, offer.request_id, offer.kind) != (self.stamp, self.request_id, self.kind):
+            return [Tell(Refuse(offer.stamp, _ANOTHER))]
         if self.state is State.EXPECTED:
             return self._ask_host(offer)
         if self.state is State.NEW:
@@ -181,8 +192,6 @@ class DestinationTransfer:
     def _ask_host(self, offer: Offer) -> list[DestinationEffect]:
         self._offer = offer
         self.state = State.OFFERED
-        if offer.kind is not TransferKind.HANDOFF:
-            return self._end(f"transfers of kind {offer.kind} are not served", TransferFailure.REFUSED, tell=True)
         return [AskHost(offer.request_id, offer.stamp.attempt, offer.num_blocks)]
 
     def _on_granted(self, event: Granted, now: float) -> list[DestinationEffect]:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from typing import Protocol
 
+from protos.types import PeerRef, TransferKind
+
 
 class TransferHost(Protocol):
     """Called on the event-loop thread, never from within a call into the agent; must not block. Each transfer that the
-    host opened or expects ends in exactly one of arrived, lost, refused, closed, or in the host's own `refuse`."""
+    host opened, expects or asked for ends in exactly one of arrived, lost, refused, closed, pull refused, or in the
+    host's own `refuse`."""
 
     def on_offered(self, transfer_id: bytes, request_id: str, attempt: int, num_blocks: int) -> None:
         """Destination: answer, now or later, by the agent's grant or refuse."""
@@ -31,3 +34,22 @@ class TransferHost(Protocol):
 
     def on_closed(self, transfer_id: bytes) -> None:
         """Source: acknowledged, aborted or expired, and nothing reads the blocks any more."""
+
+    def on_pull_asked(
+        self,
+        pull_id: bytes,
+        destination: PeerRef,
+        request_id: str,
+        attempt: int,
+        block_hashes: tuple[bytes, ...],
+        kind: TransferKind,
+    ) -> None:
+        """Source: answer, now or later, by the agent's open or refuse_pull. There is a link to the destination."""
+
+    def on_pull_refused(self, pull_id: bytes, reason: str) -> None:
+        """Destination: nothing is offered, or nobody has answered."""
+
+    def on_return_offered(
+        self, source_worker_id: str, request_id: str, attempt: int, block_hashes: tuple[bytes, ...]
+    ) -> None:
+        """Home: nobody waits for an answer."""

@@ -3,6 +3,7 @@ whether a frame is welcome is for the transfer's state machine."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from enum import StrEnum
 from functools import cache
@@ -10,9 +11,12 @@ from typing import Any, get_type_hints
 
 import msgpack  # type: ignore[import-untyped]
 
+from protos.block_hash import DIGEST_SIZE
 from protos.types import KVLayout, PeerRef, TransferKind
 
 MAX_FRAME_NBYTES = 64 << 10
+MAX_NUM_HASHES = 8192  # in one ask: half a million tokens of 64-token blocks
+MAX_ASK_NBYTES = MAX_NUM_HASHES * DIGEST_SIZE + (16 << 10)
 MAX_TEXT_LENGTH = 1024  # characters of one string
 MAX_NUM_TOKENS = 4096  # in one commit
 TRANSFER_ID_NBYTES = 16
@@ -141,7 +145,52 @@ class Abort:
 
 
 TransferMessage = Offer | Accept | Refuse | Chunk | Ready | Commit | Ack | Abort
-Message = Hello | HelloRefused | LinkOffer | Ping | TransferMessage
+
+
+# --- asked and answered beside the stream, once each -------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class PullAsk:
+    """Send me these blocks of a prefix, from the first one on as many as there are, in a transfer by this id."""
+
+    hello: Hello
+    pull_id: bytes
+    kind: TransferKind  # pull or return
+    request_id: str
+    attempt: int
+    block_hashes: bytes  # see pack_hashes
+
+    def __post_init__(self) -> None:
+        if len(self.pull_id) != TRANSFER_ID_NBYTES:
+            raise ValueError(f"a pull id has {TRANSFER_ID_NBYTES} bytes, not {len(self.pull_id)}")
+        if self.kind not in (TransferKind.PULL, TransferKind.RETURN):
+            raise ValueError(f"nobody asks for a {self.kind}")
+        _check_hashes(self.block_hashes)
+
+
+@dataclass(frozen=True, slots=True)
+class ReturnAsk:
+    """These blocks of a prefix of yours are here: ask for them, or do not."""
+
+    hello: Hello
+    request_id: str
+    attempt: int
+    block_hashes: bytes  # see pack_hashes
+
+    def __post_init__(self) -> None:
+        _check_hashes(self.block_hashes)
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """Empty: what was asked for is offered, or was heard."""
+
+    refusal: str
+
+
+Ask = PullAsk | ReturnAsk
+Message = Hello | HelloRefused | LinkOffer | Ping | TransferMessage | Ask | Answer
 
 _KINDS: dict[str, type[Any]] = {
     "hello": Hello,
@@ -156,24 +205,27 @@ _KINDS: dict[str, type[Any]] = {
     "commit": Commit,
     "ack": Ack,
     "abort": Abort,
+    "pull": PullAsk,
+    "return": ReturnAsk,
+    "answer": Answer,
 }
 _NAMES = {message_type: name for name, message_type in _KINDS.items()}
 
 
 def encode(message: Message) -> bytes:
     body: bytes = msgpack.packb([_NAMES[type(message)], *_to_plain(message)])
-    assert len(body) <= MAX_FRAME_NBYTES
+    assert len(body) <= (MAX_ASK_NBYTES if isinstance(message, Ask) else MAX_FRAME_NBYTES)
     return body
 
 
-def decode(body: bytes) -> Message:
+def decode(body: bytes, max_nbytes: int = MAX_FRAME_NBYTES) -> Message:
     """Raises ValueError, and says why, for anything that `encode` would not have made."""
-    if len(body) > MAX_FRAME_NBYTES:
-        raise ValueError(f"a frame of {len(body)} bytes is longer than {MAX_FRAME_NBYTES}")
+    if len(body) > max_nbytes:
+        raise ValueError(f"a frame of {len(body)} bytes is longer than {max_nbytes}")
     plain = msgpack.unpackb(
         body,
         max_str_len=4 * MAX_TEXT_LENGTH,
-        max_bin_len=TRANSFER_ID_NBYTES,
+        max_bin_len=MAX_NUM_HASHES * DIGEST_SIZE,
         max_array_len=MAX_NUM_TOKENS,
         max_map_len=0,
         max_ext_len=0,
@@ -187,6 +239,20 @@ def decode(body: bytes) -> Message:
 def clip(reason: str) -> str:
     """A reason that fits into a frame."""
     return reason[:MAX_TEXT_LENGTH]
+
+
+def pack_hashes(block_hashes: Sequence[bytes]) -> bytes:
+    """The first MAX_NUM_HASHES of them, one behind the other: whoever asks for a longer prefix gets less of it."""
+    return b"".join(block_hashes[:MAX_NUM_HASHES])
+
+
+def unpack_hashes(packed: bytes) -> tuple[bytes, ...]:
+    return tuple(packed[start : start + DIGEST_SIZE] for start in range(0, len(packed), DIGEST_SIZE))
+
+
+def _check_hashes(packed: bytes) -> None:
+    if not packed or len(packed) % DIGEST_SIZE or len(packed) > MAX_NUM_HASHES * DIGEST_SIZE:
+        raise ValueError(f"{len(packed)} bytes are not 1 to {MAX_NUM_HASHES} hashes of {DIGEST_SIZE} bytes")
 
 
 def _to_plain(value: Any) -> Any:

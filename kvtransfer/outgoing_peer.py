@@ -34,7 +34,8 @@ class HandshakeRefused(Exception):
 
 
 class OutgoingPeer:
-    """Invariant: `lane` is set exactly while the link is warm and its loss has not been told by on_lost."""
+    """Invariant: `lane` and `is_warm` are set exactly while the link is warm and its loss has not been told by
+    on_lost."""
 
     def __init__(
         self,
@@ -49,6 +50,7 @@ class OutgoingPeer:
     ) -> None:
         self.peer = peer
         self.lane: SourceLane | None = None
+        self.is_warm = asyncio.Event()
         self.not_warm_because = "not connected yet"
         self._me = me
         self._store = store
@@ -81,6 +83,7 @@ class OutgoingPeer:
         if self.lane is not None:
             self._on_lost(self, reason)
         self.lane = self._channel = None
+        self.is_warm.clear()
 
     async def _keep_connected(self) -> None:
         pause_s = _FIRST_PAUSE_S
@@ -106,6 +109,7 @@ class OutgoingPeer:
                 lane = self._make_lane(channel, await self._shake_hands(channel))
                 await lane.connect()
                 self.lane, self._channel = lane, channel
+                self.is_warm.set()
                 logger.info("KV link to %s is warm", self.peer.worker_id)
                 reason = await channel.run(lambda message: self._on_message(self, message))
                 return True, reason

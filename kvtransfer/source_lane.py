@@ -1,10 +1,10 @@
-"""The sending end of one link at work: gather, checksum, send. Decides which chunk gets the next free staging slot, and
-nothing about transfers."""
+"""The sending end of one link at work: gather, checksum, send. Decides which chunk gets the next free staging slot (the
+most urgent, then the first that came), and nothing about transfers."""
 
 from __future__ import annotations
 
 import asyncio
-from collections import deque
+from bisect import insort
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import Enum, auto
@@ -15,7 +15,9 @@ from kvtransfer.block_store import BlockStore
 from kvtransfer.config import TransferConfig
 from kvtransfer.lane_thread import LaneThread, Ticket
 from kvtransfer.staging import StagingRing, as_bytes, checksum_of
+from kvtransfer.transfer import URGENCY
 from kvtransfer.transport import LinkFailed, SenderLink
+from protos.types import TransferKind
 
 OnGathered = Callable[[bytes, int, int], None]  # transfer_id, seq, checksum
 
@@ -30,6 +32,7 @@ class _Chunk:
     transfer_id: bytes
     seq: int
     block_ids: tuple[int, ...]
+    urgency: int  # less is more
     slot: int | None = None
     phase: _Phase = _Phase.GATHERING
     is_dropped: bool = False  # cancelled during its gather
@@ -55,17 +58,17 @@ class SourceLane:
         self._thread = LaneThread(name)
         self._waiter = LaneThread(f"{name}-wait")
         self._join_timeout_s = config.connect_timeout_s + config.chunk_timeout_s
-        self._waiting: deque[_Chunk] = deque()
+        self._waiting: list[_Chunk] = []  # by urgency, then as they came
         self._chunks: dict[tuple[bytes, int], _Chunk] = {}  # not yet handed to the wire
         self._next_number = 0
 
     async def connect(self) -> None:
         await self._thread.run(self._link.connect)
 
-    def gather(self, transfer_id: bytes, seq: int, block_ids: tuple[int, ...]) -> None:
-        chunk = _Chunk(transfer_id, seq, block_ids)
+    def gather(self, transfer_id: bytes, seq: int, block_ids: tuple[int, ...], kind: TransferKind) -> None:
+        chunk = _Chunk(transfer_id, seq, block_ids, URGENCY.index(kind))
         self._chunks[transfer_id, seq] = chunk
-        self._waiting.append(chunk)
+        insort(self._waiting, chunk, key=lambda each: each.urgency)
         self._fill_slots()
 
     def send(self, transfer_id: bytes, seq: int, number: int) -> None:
@@ -94,7 +97,7 @@ class SourceLane:
                 cancelled.append(chunk.seq)
             else:
                 chunk.is_dropped = True
-        self._waiting = deque(chunk for chunk in self._waiting if (chunk.transfer_id, chunk.seq) in self._chunks)
+        self._waiting = [chunk for chunk in self._waiting if (chunk.transfer_id, chunk.seq) in self._chunks]
         return cancelled
 
     async def close(self) -> None:
@@ -117,7 +120,7 @@ class SourceLane:
 
     def _fill_slots(self) -> None:
         while self._waiting and (slot := self._ring.take()) is not None:
-            chunk = self._waiting.popleft()
+            chunk = self._waiting.pop(0)
             chunk.slot = slot
             self._thread.submit(lambda chunk=chunk: self._gather(chunk))  # type: ignore[misc]
 

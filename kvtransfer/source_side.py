@@ -29,7 +29,7 @@ from kvtransfer.source_transfer import (
 )
 from kvtransfer.transfer import AbortAsked, CancelWork, LinkLost, Received, Tell, Tick
 from kvtransfer.transport import Transport
-from protos.types import PeerRef, TransferFailure
+from protos.types import PeerRef, TransferFailure, TransferKind
 
 logger = logging.getLogger("twinring.kvtransfer")
 
@@ -67,19 +67,33 @@ class SourceSide:
 
     # --- peers ------------------------------------------------------------------------------------------------------
 
-    def set_peers(self, peers: tuple[PeerRef, ...]) -> None:
-        wanted = {peer.incarnation: peer for peer in peers}
-        for incarnation in self._peers.keys() - wanted.keys():
-            peer = self._peers[incarnation]
+    def set_members(self, members: tuple[PeerRef, ...], warm: tuple[PeerRef, ...]) -> None:
+        """`warm` are dialled now, the others when they are first needed; who is no member is dropped."""
+        for incarnation in self._peers.keys() - {peer.incarnation for peer in members}:
+            peer = self._peers.pop(incarnation)
             peer.drop("no longer a member")
-            del self._peers[incarnation]
             task = self._loop.create_task(peer.closed())
             self._closing.add(task)
             task.add_done_callback(self._closing.discard)
-        for incarnation in wanted.keys() - self._peers.keys():
-            self._peers[incarnation] = OutgoingPeer(
+        for member in warm:
+            self._dial(member)
+
+    async def warm(self, member: PeerRef) -> str:
+        """Have a link to this member. Answers why there is none after connect_timeout_s; empty where there is one."""
+        peer = self._dial(member)
+        try:
+            async with asyncio.timeout(self._config.connect_timeout_s):
+                await peer.is_warm.wait()
+        except TimeoutError:
+            return _no_link(member, peer.not_warm_because)
+        return ""
+
+    def _dial(self, member: PeerRef) -> OutgoingPeer:
+        """Once; it then dials again by itself, for as long as it is a member."""
+        if member.incarnation not in self._peers:
+            self._peers[member.incarnation] = OutgoingPeer(
                 self._me,
-                wanted[incarnation],
+                member,
                 self._store,
                 self._config,
                 self._transport,
@@ -87,11 +101,12 @@ class SourceSide:
                 self._on_gathered,
                 self._on_peer_lost,
             )
+        return self._peers[member.incarnation]
 
     async def close(self) -> None:
         for transfer_id in list(self._transfers):
             self.abort(transfer_id, "the worker is closing")
-        self.set_peers(())
+        self.set_members((), ())
         await asyncio.gather(*self._closing)
 
     def _on_peer_lost(self, peer: OutgoingPeer, reason: str) -> None:
@@ -101,19 +116,23 @@ class SourceSide:
 
     # --- what the host asks for ---------------------------------------------------------------------------------------
 
-    def open(self, transfer_id: bytes, peer: PeerRef, request_id: str, attempt: int, num_blocks: int) -> None:
+    def open(
+        self, transfer_id: bytes, peer: PeerRef, request_id: str, attempt: int, num_blocks: int, kind: TransferKind
+    ) -> str:
+        """Answers why nothing is offered, and the host hears of it too; empty where it is."""
         assert transfer_id not in self._transfers, "a transfer id is used once"
         outgoing = self._peers.get(peer.incarnation)
         if outgoing is None or outgoing.lane is None:
             self._counters.count_failed(TransferFailure.NO_LINK)
-            why = outgoing.not_warm_because if outgoing else "not a member to be dialled"
-            self._loop.call_soon(self._host.on_refused, transfer_id, f"no warm link to {peer.worker_id}: {why}")
-            return
+            reason = _no_link(peer, outgoing.not_warm_because if outgoing else "not a member to be dialled")
+            self._loop.call_soon(self._host.on_refused, transfer_id, reason)
+            return reason
         stamp = Stamp(transfer_id, attempt, self._me.incarnation, peer.incarnation)
         block_nbytes = self._store.layout.block_nbytes
-        transfer = SourceTransfer(stamp, request_id, num_blocks, block_nbytes, self._config)
+        transfer = SourceTransfer(stamp, request_id, num_blocks, block_nbytes, self._config, kind)
         self._transfers[transfer_id] = transfer
         self._apply(transfer, Opened())
+        return ""
 
     def send_blocks(self, transfer_id: bytes, first_block: int, block_ids: tuple[int, ...]) -> None:
         self._apply_if_open(transfer_id, BlocksComputed(first_block, block_ids))
@@ -168,7 +187,7 @@ class SourceSide:
             case Tell(message=message):
                 self._peers[transfer.stamp.destination_incarnation].send(message)
             case Gather(seq=seq, block_ids=block_ids):
-                self._lane_of(transfer).gather(transfer_id, seq, block_ids)
+                self._lane_of(transfer).gather(transfer_id, seq, block_ids, transfer.kind)
             case SendChunk(seq=seq, number=number):
                 self._lane_of(transfer).send(transfer_id, seq, number)
             case SendFiller(number=number, num_bytes=num_bytes):
@@ -191,3 +210,7 @@ class SourceSide:
         lane = self._peers[transfer.stamp.destination_incarnation].lane
         assert lane is not None
         return lane
+
+
+def _no_link(peer: PeerRef, why: str) -> str:
+    return f"no warm link to {peer.worker_id}: {why}"

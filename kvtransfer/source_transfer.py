@@ -14,7 +14,7 @@ from protos.types import TransferFailure, TransferKind
 
 @dataclass(frozen=True, slots=True)
 class Opened:
-    """The first event: prefill has started."""
+    """The first event: the prefill has started, or all blocks are there."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,9 +95,16 @@ class SourceTransfer:
     with `_gathering` empty, by exactly one report."""
 
     def __init__(
-        self, stamp: Stamp, request_id: str, num_blocks: int, block_nbytes: int, config: TransferConfig
+        self,
+        stamp: Stamp,
+        request_id: str,
+        num_blocks: int,
+        block_nbytes: int,
+        config: TransferConfig,
+        kind: TransferKind = TransferKind.HANDOFF,
     ) -> None:
         assert num_blocks > 0
+        self.kind = kind
         self.stamp = stamp
         self.state = SourceState.OFFERED
         self.request_id = request_id
@@ -132,7 +139,7 @@ class SourceTransfer:
             self._progress_at = now  # the peer's time to answer an offer is not renewed by our own work
         match event:
             case Opened():
-                return [Tell(Offer(self.stamp, TransferKind.HANDOFF, self.request_id, self._num_blocks))]
+                return [Tell(Offer(self.stamp, self.kind, self.request_id, self._num_blocks))]
             case BlocksComputed():
                 return self._on_blocks(event)
             case CommitAsked():

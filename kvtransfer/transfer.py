@@ -29,6 +29,7 @@ Destination            | PARKED       | WITHDRAWN | EXPECTED     | OFFERED      
 announced by router    | -> OFFERED   | lost      | ignore       | ignore          | ignore             | ignore
   for another source   | refuse offer, -> EXPECTED| ignore       | ignore          | ignore             | ignore
 offer                  | ignore       | ignore    | -> OFFERED   | ignore          | ignore             | ignore
+  of another kind, or  |              |           |              |                 |                    |
   with another stamp   | refuse it    | refuse it | refuse it    | refuse it       | refuse it          | refuse it
 granted by host        | -            | -         | -            | send accept     | -                  | ignore
 refused by host        | -            | -         | -            | send refuse, end| -                  | ignore
@@ -47,6 +48,10 @@ deadline               | refuse, end  | end       | none: router | send abort, l
 OFFERED starts by asking the host. The granted blocks are written in RECEIVING and CLOSING only, and only by scatters of
 verified chunks: `lost` waits for those that have begun. `arrived` is said only when every granted block is written.
 PARKED and WITHDRAWN are unknown to the host, so they end without a report; `refused by host` is the host's own doing.
+
+A handoff is announced by the router; pulls and returns by the destination's own host, which has asked for them. Where
+the other worker answers that it offers nothing, the destination drops what it has EXPECTED, and its host hears of that
+instead (asks.py).
 """
 
 from __future__ import annotations
@@ -54,6 +59,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from kvtransfer.messages import TransferMessage
+from protos.types import TransferKind
+
+# Whose chunks go first where several wait for one link.
+URGENCY = (TransferKind.HANDOFF, TransferKind.MIGRATE, TransferKind.PULL, TransferKind.RETURN)
 
 # --- events of both sides ---------------------------------------------------------------------------------------------
 

@@ -217,7 +217,8 @@ class ClusterView:
     def note_placed(self, view: WorkerView, links: Sequence[bytes]) -> None:
         """It is going to compute this chain: those that follow may count on it from now on."""
         view.prefixes.note(links)
-        self._last_places.note(links, view.worker_id)
+        if view.worker_id in self.rings.members:
+            self._last_places.note(links, view.worker_id)
 
     def last_place(self, links: Sequence[bytes]) -> str | None:
         """The worker, where it is up, that was given the longest prompt which this one continues or repeats."""

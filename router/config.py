@@ -12,7 +12,7 @@ from router.policies.config import PolicyConfig
 from router.queue_order import QueueOrderName
 from router.tenants import TenantConfig
 
-DecodePolicyName = Literal["most_free_blocks", "peak_room"]
+DecodePolicyName = Literal["most_free_blocks", "peak_room", "held_room"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,8 +35,9 @@ class RouterConfig:
     ring_seed: int = 0  # of the two hash rings
     num_virtual_nodes: int = 64  # points of one worker on each ring
     policy: PolicyConfig = field(default_factory=PolicyConfig)  # where a request is prefilled
-    decode_policy: DecodePolicyName = "most_free_blocks"  # where it decodes: most room now, or at the predicted peak
-    num_decode_candidates: int = 4  # peak_room: decode workers with the most room now that it chooses from
+    decode_policy: DecodePolicyName = "most_free_blocks"  # most room now, at the predicted peak, or with KV held there
+    num_decode_candidates: int = 4  # decode workers with the most room now that peak_room and held_room choose from
+    max_local_prefill_tokens: int = 0  # a decode worker computes at a time, to spare short ones the handoff; 0: none
 
     # Queues of the router, one for each worker that prefills
     dispatch_tokens: int = 0  # sent to a worker and not yet prefilled, before more wait here; 0: all are sent at once
@@ -94,7 +95,7 @@ class RouterConfig:
         ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("dispatch_tokens", "max_queue_wait_s", "pull_s_per_token"):
+        for name in ("dispatch_tokens", "max_queue_wait_s", "pull_s_per_token", "max_local_prefill_tokens"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
         for name, names in (

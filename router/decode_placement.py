@@ -1,5 +1,5 @@
-"""Which worker decodes, for a request whose prefill worker is known. Knows the view, and how long answers have been;
-changes nothing in the view."""
+"""Which worker decodes, for a request whose prefill worker is known, and whether it should prefill there, too. Knows
+the view, how long answers have been and what was placed; changes only what workers are thought to hold."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from dataclasses import replace
 from router.cluster_view import ClusterView, WorkerView
 from router.config import RouterConfig
 from router.decode_peak import OutputLengths, peak_tokens
+from router.last_places import LastPlaces
+from router.policies.held_room import HeldRoom
 from router.policies.peak_room import PeakRoom
 from router.policy import Candidate, MostFreeBlocks, Policy
 
@@ -16,8 +18,8 @@ NUM_RECENT_OUTPUTS = 1000
 
 
 class DecodePlacement:
-    """Looks at the head of the view's ranking by room. The policy that predicts has the first few workers to choose
-    from, since it looks at every request there; for the other one the head is the choice.
+    """Looks at the head of the view's ranking by room: where room alone decides it is the choice, else the first few
+    are candidates, and for held_room the worker that had the request's last turn, too.
 
     Invariant: `_outputs` are the lengths of recent answers that ended by themselves."""
 
@@ -25,13 +27,22 @@ class DecodePlacement:
         self._block_size = config.block_size
         self._view = view
         self._predicts = config.decode_policy == "peak_room"
-        self._policy: Policy = PeakRoom() if self._predicts else MostFreeBlocks()
-        self._num_candidates = config.num_decode_candidates if self._predicts else 1
+        self._counts_held = config.decode_policy == "held_room"
+        self._max_local_tokens = config.max_local_prefill_tokens
+        self._policy = _policy(config)
+        self._num_candidates = 1 if config.decode_policy == "most_free_blocks" else config.num_decode_candidates
         self._outputs = OutputLengths(NUM_RECENT_OUTPUTS)
+        self._last_places = LastPlaces()
 
     def note_output(self, num_output_tokens: int) -> None:
         """An answer has ended by itself."""
         self._outputs.note(num_output_tokens)
+
+    def note_placed(self, view: WorkerView, links: Sequence[bytes]) -> None:
+        """A request was sent there to decode: soon it has the KV of this chain. What it generates has no links yet."""
+        if (self._counts_held or self._max_local_tokens) and view.worker_id not in self._view.rings.members:
+            view.prefixes.note(links)
+            self._last_places.note(links, view.worker_id)
 
     def choose(
         self,
@@ -42,15 +53,37 @@ class DecodePlacement:
         refused: Collection[str],
     ) -> tuple[WorkerView, str] | None:
         """One that has not refused this attempt; one that `prefill` has a link to, where there is one."""
-        roomiest = self._roomiest(prefill, refused)
-        if not roomiest:
+        views = self._roomiest(prefill, refused)
+        if not views:
             return None
-        candidates = [self._view.candidate(view, links, num_tokens) for view in roomiest]
+        if self._counts_held:
+            views += self._last_place(links, views, prefill, refused)
+        candidates = [self._view.candidate(view, links, num_tokens) for view in views]
         if self._predicts:
             coming = num_tokens, self._outputs.remaining(0, num_remaining_tokens)
             candidates = [self._with_peak(one, coming) for one in candidates]
         choice = self._policy.choose(num_tokens, candidates)
         return self._view.workers[choice.worker_id], choice.reason
+
+    def local_reason(self, candidate: Candidate, num_tokens: int) -> str:
+        """Why a request that is to decode there should prefill there, too; empty where it should not. What is computed
+        there delays those that decode, so it is bounded, for all such requests together."""
+        num_new_tokens = num_tokens - candidate.num_cached_tokens
+        has_room = candidate.num_free_blocks * self._block_size >= num_tokens
+        if not has_room or candidate.num_pending_tokens + num_new_tokens > self._max_local_tokens:
+            return ""
+        return f"{num_new_tokens} of {num_tokens} tokens to prefill are not worth a handoff"
+
+    def _last_place(
+        self, links: Sequence[bytes], views: Sequence[WorkerView], prefill: WorkerView, refused: Collection[str]
+    ) -> list[WorkerView]:
+        """Where the prompt that this one continues was sent to decode, unless it is in `views` or less well linked."""
+        worker_id = self._last_places.find(links)
+        view = self._view.workers.get(worker_id) if worker_id else None
+        if view is None or view in views or view.worker_id in refused or view.worker_id in self._view.rings.members:
+            return []
+        is_worse = views[0].worker_id in prefill.warm_links and view.worker_id not in prefill.warm_links
+        return [] if is_worse else [view]
 
     def _roomiest(self, prefill: WorkerView, refused: Collection[str]) -> list[WorkerView]:
         linked: list[WorkerView] = []
@@ -73,3 +106,13 @@ class DecodePlacement:
             remaining = self._outputs.remaining(one.num_generated_tokens, one.num_remaining_tokens)
             requests.append((one.num_tokens, remaining))
         return replace(candidate, num_peak_blocks=-(-peak_tokens(requests) // self._block_size))
+
+
+def _policy(config: RouterConfig) -> Policy:
+    match config.decode_policy:
+        case "peak_room":
+            return PeakRoom()
+        case "held_room":
+            return HeldRoom(config.block_size)
+        case "most_free_blocks":
+            return MostFreeBlocks()

@@ -72,7 +72,8 @@ class Planner:
         if not self._view.prefill_workers():
             return self._plan_on_decode_worker(request)
         plan = self._plan_prefill(request, self._prefill.place(request))
-        return self._with_decode(plan, links, num_tokens, num_remaining_tokens)
+        plan = self._with_decode(plan, links, num_tokens, num_remaining_tokens)
+        return self._plan_local(request, plan) or plan
 
     def plan_at(
         self, worker_id: str, reason: str, links: Sequence[bytes], num_tokens: int, num_remaining_tokens: int
@@ -151,6 +152,16 @@ class Planner:
         choice = MostFreeBlocks().choose(request.num_tokens, [request.candidate(pool[0].worker_id)])
         plan = self._plan_prefill(request, replace(choice, reason=f"no prefill worker is up; {choice.reason}"))
         return replace(plan, decode_reason="no prefill worker is up")
+
+    def _plan_local(self, request: RequestView, plan: Plan) -> Plan | None:
+        """On the worker that is to decode, where little is left to compute there: no handoff, and no queue."""
+        if plan.decode is None:
+            return None
+        reason = self.decode.local_reason(request.candidate(plan.decode.worker_id), request.num_tokens)
+        if not reason:
+            return None
+        local = self._plan_prefill(request, Choice(plan.decode.worker_id, plan.decode_reason))
+        return replace(local, decode_reason=reason)
 
     def _with_decode(self, plan: Plan, links: Sequence[bytes], num_tokens: int, num_remaining_tokens: int) -> Plan:
         decode, reason = self._plan_decode(plan.prefill, links, num_tokens, num_remaining_tokens)

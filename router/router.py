@@ -188,6 +188,7 @@ class Router:
         plan = attempt.plan
         num_blocks = -(-in_flight.num_tokens // self._config.block_size)
         plan.decoding_worker.place_to_decode(in_flight.request_id, num_blocks, in_flight)
+        self.planner.decode.note_placed(plan.decoding_worker, in_flight.links)
         if plan.decode is None:
             return []
         handoff = Handoff(attempt.transfer_id, plan.prefill.ref)

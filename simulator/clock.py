@@ -42,6 +42,10 @@ class Clock:
     def after(self, delay_s: float, action: Callable[..., None], *args: Any) -> Entry:
         return self.at(self.now + delay_s, action, *args)
 
+    def stop(self) -> None:
+        """Nothing that was to happen happens any more."""
+        self._heap.clear()
+
     def run(self) -> None:
         """Until nothing is left to happen."""
         heap = self._heap

@@ -41,9 +41,13 @@ class SimulatedCluster:
         self._arrivals: Iterator[SimRequest] = iter(())
         self._is_all_in = False
         self._heard_at = 0.0  # the last token
+        self._max_missed: int | None = None
+        self._num_late = 0  # first tokens after the TTFT SLO, the warm-up's aside
 
-    def run(self, requests: Iterable[SimRequest]) -> None:
-        """Until every request has ended and everything is quiet. ValueError where they are not in order of time."""
+    def run(self, requests: Iterable[SimRequest], max_missed: int | None = None) -> None:
+        """Until every request has ended and everything is quiet, or more than max_missed of those after the warm-up have
+        missed their TTFT SLO. ValueError where they are not in order of time."""
+        self._max_missed = max_missed
         self._start_workers()
         for change in self.setup.changes:
             self.clock.at(change.at_s, self._change, change)
@@ -88,6 +92,7 @@ class SimulatedCluster:
         self._heard_at = now
         if record.first_token_at is None and deliver.token_ids:
             record.first_token_at = now
+            self._num_late += self._is_late(record)
         record.num_output_tokens += len(deliver.token_ids)
         if deliver.finish_reason is None:
             return
@@ -199,7 +204,16 @@ class SimulatedCluster:
         if not self._is_all_in or (self._open and self.clock.now < self._heard_at + MAX_SILENCE_S):
             self.clock.after(interval_s, self._repeat, interval_s, action)
 
+    def _is_late(self, record: RequestRecord) -> bool:
+        return record.number >= self.setup.num_warmup and self.clock.now - record.at_s > self.setup.router.ttft_slo_s
+
+    def _give_up(self) -> None:
+        waiting = (record for record in self._open.values() if record.first_token_at is None)
+        if self._max_missed is not None and self._num_late + sum(map(self._is_late, waiting)) > self._max_missed:
+            self.clock.stop()
+
     def _tick(self) -> None:
+        self._give_up()
         self._feed(Tick())
 
     def _report_stats(self) -> None:

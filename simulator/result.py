@@ -174,7 +174,7 @@ class Result:
             ttft_p99_s=percentile(ttfts, 0.99),
             tpot_p50_s=percentile(tpots, 0.5),
             tpot_p99_s=percentile(tpots, 0.99),
-            longest_wait_s=max(record.wait_s for record in measured),
+            longest_wait_s=max((record.wait_s for record in measured if record.end is not None), default=0.0),
             hit_rate=(num_pulled + sum(record.num_cached_tokens for record in served)) / max(1, num_served_tokens),
             pulled_rate=num_pulled / max(1, num_served_tokens),
             ideal_hit_rate=sum(record.num_ideal_cached_tokens for record in measured)

@@ -86,7 +86,8 @@ class LoadPoint:
 
 @dataclass(frozen=True, slots=True)
 class CaseResult:
-    """One run. is_searched: its rate was chosen by the search, not asked for."""
+    """One run. is_searched: its rate was chosen by the search, not asked for; where that is not a good one, the run was
+    given up, and the summary is of the requests until then."""
 
     label: str
     rate: float
@@ -97,7 +98,10 @@ class CaseResult:
     is_searched: bool = False
 
 
-def run_case(experiment: Experiment, variant: Variant, rate: float, ring_seed: int) -> CaseResult:
+def run_case(
+    experiment: Experiment, variant: Variant, rate: float, ring_seed: int, gives_up: bool = False
+) -> CaseResult:
+    """gives_up: as soon as the rate cannot be good any more, which takes much of the time of an overloaded run."""
     requests = experiment.offered.at(rate)
     num_warmup = max(experiment.setup.num_warmup, num_before(requests, experiment.offered.warmup_s))
     point_s = (requests[-1].at_s - requests[num_warmup].at_s) / NUM_POINTS or 1.0
@@ -108,7 +112,8 @@ def run_case(experiment: Experiment, variant: Variant, rate: float, ring_seed: i
         router=replace(variant.router, ring_seed=ring_seed),
         scheduler=replace(experiment.setup.scheduler, pulls=variant.pulls),
     )
-    result = simulate(setup, requests)
+    max_missed = int((1 - MIN_ATTAINMENT) * (len(requests) - num_warmup)) if gives_up else None
+    result = simulate(setup, requests, max_missed)
     windows = result.windows(experiment.window_s or point_s)
     return CaseResult(variant.label, rate, ring_seed, result.summary(), tuple(map(_load_point, result.loads)), windows)
 
@@ -134,7 +139,8 @@ def search(experiment: Experiment, variant: Variant, known: Sequence[CaseResult]
     """Further runs, between the highest good rate of `known` (one variant and ring seed) and the next higher one."""
 
     def run(rate: float) -> CaseResult:
-        return replace(run_case(experiment, variant, rate, known[0].ring_seed), is_searched=True)
+        case = run_case(experiment, variant, rate, known[0].ring_seed, gives_up=True)
+        return replace(case, is_searched=True)
 
     return bisect(run, known, experiment.tolerance)
 

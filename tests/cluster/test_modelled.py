@@ -21,7 +21,7 @@ from tests.cluster.server import serving
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 TOLERANCE = 0.15
-NUM_ATTEMPTS = 3  # a run in which this machine stalled says nothing; what differs by more than that differs every time
+NUM_ATTEMPTS = 3  # a run in which this machine stalled says nothing; what is wrong is wrong every time
 
 
 def test_the_simulator_shows_the_latencies_of_a_live_cluster(tmp_path: Path) -> None:
