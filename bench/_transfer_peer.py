@@ -154,6 +154,15 @@ class GrantingHost:
     def on_closed(self, transfer_id: bytes) -> None:
         self._tell("closed")
 
+    def on_pull_asked(self, pull_id: bytes, *ask: object) -> None:
+        self.agent.refuse_pull(pull_id, "nobody pulls here")
+
+    def on_pull_refused(self, pull_id: bytes, reason: str) -> None:
+        self._tell(f"pull refused: {reason}")
+
+    def on_return_offered(self, source_worker_id: str, *offer: object) -> None:
+        self._tell("return offered")
+
 
 async def start_agent(
     role: Role, store: BlockStore, host: GrantingHost, config: TransferConfig

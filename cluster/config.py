@@ -14,6 +14,7 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from cluster.tenants import FILE_VARIABLE, TOKENS_VARIABLE, parse_tokens, read_tenants_file
+from engine.config import PullConfig
 from engine.worker_config import EngineConfig, LeaseConfig
 from kvtransfer.config import TransferConfig
 from protos.types import Role
@@ -88,6 +89,24 @@ class ServeConfig:
             ours, theirs = getattr(self.router, name), getattr(getattr(self, section), name)
             if ours != theirs:
                 raise ValueError(f"router.{name} is {ours}, {section}.{name} is {theirs}: set {section}.{name} only")
+        _refuse_half_set_pulls(self.engine.pulls, self.router)
+
+
+def _refuse_half_set_pulls(pulls: PullConfig | None, router: RouterConfig) -> None:
+    """What the router counts on and tells workers to do, they must do, and the other way round."""
+    if router.pull_s_per_token and pulls is None:
+        raise ValueError(
+            f"router.pull_s_per_token is {router.pull_s_per_token}, but no worker pulls: set engine.pulls.s_per_token"
+        )
+    max_returns = pulls.max_returns if pulls else 0
+    returns = router.returns or (pulls is not None and pulls.returns_answers)
+    if returns != (max_returns > 0):
+        raise ValueError(
+            f"engine.pulls.max_returns is {max_returns}: it must be above 0 with router.returns or "
+            "engine.pulls.returns_answers, and 0 without"
+        )
+    if pulls is not None and not (router.pull_s_per_token or returns):
+        raise ValueError("engine.pulls is set, but router.pull_s_per_token is 0: nobody would be told where to pull")
 
 
 def load_config(path: str | None = None, overrides: Mapping[str, Any] | None = None) -> ServeConfig:
@@ -110,6 +129,9 @@ def load_config(path: str | None = None, overrides: Mapping[str, Any] | None = N
     tree.setdefault("engine", {}).setdefault("model", DEMO_MODEL)
     if "RAY_ADDRESS" in os.environ:
         tree.setdefault("ray", {}).setdefault("address", os.environ["RAY_ADDRESS"])
+    pulls = tree.get("engine", {}).get("pulls") or {}
+    if "s_per_token" in pulls:
+        tree.setdefault("router", {}).setdefault("pull_s_per_token", pulls["s_per_token"])
     tree.setdefault("router", {})["tenants"] = _tenants(tree.get("tenants_file"))
     for name, section in SHARED_SETTINGS.items():
         if name in tree.get(section, {}):
@@ -148,7 +170,9 @@ def _refuse_unknown(tree: Mapping[str, Any], cls: type, prefix: str) -> None:
             raise ValueError(f"unknown setting {prefix}{name}; known: {', '.join(sorted(hints))}")
         if hints[name] == tuple[TenantConfig, ...]:
             raise ValueError(f"{prefix}{name} cannot be set here: tenants_file names the file that has them")
-        if dataclasses.is_dataclass(hints[name]):
+        optional = typing.get_args(hints[name])
+        hint = optional[0] if len(optional) == 2 and optional[1] is type(None) else hints[name]
+        if dataclasses.is_dataclass(hint) and not (optional and value is None):
             if not isinstance(value, Mapping):
                 raise ValueError(f"{prefix}{name} must be a mapping, got {value!r}")
-            _refuse_unknown(value, typing.cast(type, hints[name]), f"{prefix}{name}.")
+            _refuse_unknown(value, typing.cast(type, hint), f"{prefix}{name}.")

@@ -16,6 +16,7 @@ class PullConfig:
     deadline_s: float = 5.0  # a request waits no longer for all of its pulls
     max_served: int = 4  # 0: nobody pulls from here
     max_returns: int = 0  # brought home to here at once, and as many from here; 0: none
+    returns_answers: bool = False  # a decode worker offers what it has generated to the home of the prompt
 
     def __post_init__(self) -> None:
         for name in ("s_per_token", "base_s", "max_served", "max_returns"):
@@ -23,6 +24,8 @@ class PullConfig:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
         if not self.deadline_s > 0:
             raise ValueError(f"deadline_s must be above 0, got {self.deadline_s}")
+        if self.returns_answers and not self.max_returns:
+            raise ValueError("returns_answers needs max_returns of 1 or more, got 0")
 
     def pull_s(self, num_tokens: int) -> float:
         return self.base_s + self.s_per_token * num_tokens

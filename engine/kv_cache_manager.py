@@ -72,6 +72,10 @@ class KVCacheManager:
         """Hashes of all full blocks that the request came with."""
         return tuple(self._block_hashes(request, 0, request.num_given_tokens // self._config.block_size))
 
+    def computed_prefix(self, request: Request) -> tuple[bytes, ...]:
+        """Hashes of all its full blocks that have been computed, also where it has let go of them."""
+        return tuple(self._block_hashes(request, 0, request.num_computed_tokens // self._config.block_size))
+
     def num_cached(self, hashes: Sequence[bytes]) -> int:
         """How many of these blocks are here, from the first on."""
         return len(self._find_run(hashes))

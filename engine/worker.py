@@ -7,6 +7,7 @@ import asyncio
 import contextlib
 import logging
 import os
+import secrets
 import threading
 import time
 from collections.abc import Callable
@@ -94,8 +95,10 @@ class Worker:
         """Listen for routers and peers; the lease starts with the first router."""
         threading.excepthook = _end_on_crash
         fingerprint = self._facts.fingerprint
-        core = WorkerCore(self._config, self._kv_cache.num_blocks, self._spec.hash_key, fingerprint)
         me = PeerRef(self._spec.worker_id, self._spec.incarnation, self._address, self._spec.role)
+        core = WorkerCore(
+            self._config, self._kv_cache.num_blocks, self._spec.hash_key, fingerprint, me.worker_id, _new_pull_id
+        )
         host = WorkerHost(me, fingerprint, self._spec.lease, on_end=end_process)
         self._transfers = self._make_transfers(me, self._kv_cache, host)
         self._engine = EngineThread(core, self._execute, host.deliver, host.crashed)
@@ -149,7 +152,12 @@ def scheduler_config(engine: EngineConfig, model_max_len: int) -> SchedulerConfi
         block_size=engine.block_size,
         hash_block_size=engine.hash_block_size,
         enable_prefix_caching=engine.enable_prefix_caching,
+        pulls=engine.pulls,
     )
+
+
+def _new_pull_id() -> bytes:
+    return secrets.token_bytes(16)
 
 
 def _end_on_crash(crash: threading.ExceptHookArgs) -> None:

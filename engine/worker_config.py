@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from engine.config import PullConfig
 from protos.cost_model import HARDWARE, Hardware
 from protos.types import Role
 
@@ -25,6 +26,7 @@ class EngineConfig:
     num_blocks: int | None = None  # overrides kv_cache_bytes and what modelled hardware holds
     enable_prefix_caching: bool = True  # keep blocks of ended requests, and find them by their hashes
     fused: bool = True  # faster layers in place of transformers' own
+    pulls: PullConfig | None = None  # fetch prefixes from other workers, and serve them; null: no worker does
     modelled: str | Hardware | None = None  # steps compute nothing and take as long as on this (docs/simulator.md)
 
     def __post_init__(self) -> None:
@@ -38,6 +40,8 @@ class EngineConfig:
         if isinstance(self.modelled, str) and self.modelled not in HARDWARE:
             rows = ", ".join(HARDWARE)
             raise ValueError(f"modelled must be one of {rows}, or costs and memory, not {self.modelled!r}")
+        if self.pulls is not None and not self.enable_prefix_caching:
+            raise ValueError("pulls need the prefix cache, and enable_prefix_caching is False")
         if self.fixed_num_blocks is not None and self.fixed_num_blocks < 1:
             raise ValueError("num_blocks, or num_kv_tokens of what is modelled, must make at least one block")
 

@@ -263,13 +263,23 @@ class WorkerCore:
         request = progress.request
         if request.handoff_to is not None:
             request.mode_reason = "finished with its first token"
-        return [_token_output(progress, accounts=True), *self._end(request, "finished")]
+        return [_token_output(progress, accounts=True), *self._end(request, "finished"), *self._offer_answer(request)]
 
     def _offer_return(self, request: Request) -> list[Effect]:
         """Its first token is out, and the blocks of its prompt are in the cache."""
         home = request.return_worker_id
         hashes = self._manager.given_prefix(request) if home not in ("", self._worker_id) else ()
         return [OfferReturn(home, request.request_id, request.attempt, hashes)] if hashes else []
+
+    def _offer_answer(self, request: Request) -> list[Effect]:
+        """To where its prompt was computed or brought, for the next turn: what was generated is only here."""
+        pulls, handoff, hashes = self._config.pulls, request.handoff_from, tuple[bytes, ...]()
+        if pulls is not None and pulls.returns_answers and handoff is not None:
+            hashes = self._manager.computed_prefix(request)
+        if handoff is None or len(hashes) <= request.num_given_tokens // self._config.block_size:
+            return []
+        home = request.return_worker_id or handoff.peer.worker_id
+        return [OfferReturn(home, request.request_id, request.attempt, hashes)]
 
     # --- what others may know -------------------------------------------------------------------------------------
 

@@ -22,9 +22,12 @@ from engine.events import (
     GrantTransfer,
     OfferReturn,
     OpenTransfer,
+    PullRefused,
+    PullRequested,
     RefusePull,
     RefuseTransfer,
     RequestPull,
+    ReturnOffered,
     SendBlocks,
     Submitted,
     TransferArrived,
@@ -40,7 +43,7 @@ from engine.worker_config import LeaseConfig
 from protos import codec
 from protos import worker_pb2 as pb
 from protos import worker_pb2_grpc as pb_grpc
-from protos.types import HandoffRefused, PeerRef, TokenOutput
+from protos.types import HandoffRefused, PeerRef, TokenOutput, TransferKind
 
 logger = logging.getLogger("twinring.engine")
 
@@ -156,9 +159,8 @@ class WorkerHost(pb_grpc.WorkerServicer):
             match effect:
                 case TokenOutput() | HandoffRefused():
                     self._owners.emit(effect)
-                case OpenTransfer(handoff, request_id, attempt, num_blocks):
-                    self._owners.transfer_opened(handoff.transfer_id, request_id, attempt)
-                    self._transfers.open(handoff.transfer_id, handoff.peer, request_id, attempt, num_blocks)
+                case OpenTransfer():
+                    self._open(effect)
                 case SendBlocks(transfer_id, first_block, block_ids):
                     self._transfers.send_blocks(transfer_id, first_block, block_ids)
                 case CommitTransfer(transfer_id, first_index, token_ids):
@@ -171,8 +173,21 @@ class WorkerHost(pb_grpc.WorkerServicer):
                     self._transfers.grant(transfer_id, num_held_blocks, block_ids)
                 case RefuseTransfer(transfer_id, reason):
                     self._transfers.refuse(transfer_id, reason)
-                case RequestPull() | RefusePull() | OfferReturn() | CopyBlocks():
-                    raise AssertionError(f"no wire for {effect}: SchedulerConfig.pulls and host must be None here")
+                case RequestPull(pull_id, source_worker_id, request_id, attempt, block_hashes, kind):
+                    self._transfers.request_pull(pull_id, source_worker_id, request_id, attempt, block_hashes, kind)
+                case RefusePull(pull_id, _, reason):
+                    self._transfers.refuse_pull(pull_id, reason)
+                case OfferReturn(home_worker_id, request_id, attempt, block_hashes):
+                    self._transfers.offer_return(home_worker_id, request_id, attempt, block_hashes)
+                case CopyBlocks():
+                    raise AssertionError(f"no host memory for {effect}: SchedulerConfig.host must be None here")
+
+    def _open(self, effect: OpenTransfer) -> None:
+        """A pull or a return does not move its request: that one is elsewhere, or waits here for its handoff."""
+        handoff, request_id, attempt = effect.handoff, effect.request_id, effect.attempt
+        if effect.kind in (TransferKind.HANDOFF, TransferKind.MIGRATE):
+            self._owners.transfer_opened(handoff.transfer_id, request_id, attempt)
+        self._transfers.open(handoff.transfer_id, handoff.peer, request_id, attempt, effect.num_blocks, effect.kind)
 
     # --- KV transfers (kvtransfer.agent.TransferHost) ----------------------------------------------------------------
 
@@ -200,3 +215,22 @@ class WorkerHost(pb_grpc.WorkerServicer):
     def on_closed(self, transfer_id: bytes) -> None:
         self._owners.transfer_closed(transfer_id)
         self._engine.post(TransferClosed(transfer_id))
+
+    def on_pull_asked(
+        self,
+        pull_id: bytes,
+        destination: PeerRef,
+        request_id: str,
+        attempt: int,
+        block_hashes: tuple[bytes, ...],
+        kind: TransferKind,
+    ) -> None:
+        self._engine.post(PullRequested(pull_id, destination, request_id, attempt, block_hashes, kind))
+
+    def on_pull_refused(self, pull_id: bytes, reason: str) -> None:
+        self._engine.post(PullRefused(pull_id, reason))
+
+    def on_return_offered(
+        self, source_worker_id: str, request_id: str, attempt: int, block_hashes: tuple[bytes, ...]
+    ) -> None:
+        self._engine.post(ReturnOffered(source_worker_id, request_id, attempt, block_hashes))

@@ -10,6 +10,7 @@ from typing import Any
 
 import grpc
 
+from kvtransfer.asks import Asks
 from kvtransfer.block_store import BlockStore
 from kvtransfer.config import TransferConfig
 from kvtransfer.counters import TransferCounters
@@ -17,11 +18,11 @@ from kvtransfer.destination_side import DestinationSide
 from kvtransfer.gloo_link import GlooTransport
 from kvtransfer.handshake import judge_hello, terms_of
 from kvtransfer.host import TransferHost
-from kvtransfer.messages import Hello, HelloRefused
+from kvtransfer.messages import Hello, HelloRefused, PullAsk, ReturnAsk, pack_hashes
 from kvtransfer.source_side import SourceSide
 from kvtransfer.transport import Transport
-from protos import worker_pb2_grpc
-from protos.types import PeerRef, Role, TransferStats
+from protos import worker_pb2, worker_pb2_grpc
+from protos.types import PeerRef, Role, TransferKind, TransferStats
 
 __all__ = ["TransferAgent", "TransferHost"]
 
@@ -50,6 +51,7 @@ class TransferAgent:
         self._version = -1
         self._source: SourceSide
         self._destination: DestinationSide
+        self._asks: Asks
         self._ticking: asyncio.Task[None] | None = None
 
     def add_to_server(self, server: grpc.aio.Server) -> None:
@@ -60,6 +62,7 @@ class TransferAgent:
         parts = (self._me, self._store, self._host, self._config, self._transport, self.counters)
         self._source = SourceSide(*parts)
         self._destination = DestinationSide(*parts, self._judge)
+        self._asks = Asks(self._host, self._config, self._source, self.counters, self._judge)
         self._ticking = asyncio.create_task(self._tick())
 
     async def close(self) -> None:
@@ -69,7 +72,7 @@ class TransferAgent:
         self._ticking.cancel()
         await asyncio.gather(self._ticking, return_exceptions=True)
         self._ticking = None
-        await asyncio.gather(self._source.close(), self._destination.close())
+        await asyncio.gather(self._asks.close(), self._source.close(), self._destination.close())
         await asyncio.sleep(0)  # the last reports
         if self._transport is not None:
             self._transport.close()
@@ -82,8 +85,10 @@ class TransferAgent:
         self._version = version
         self._members = {peer.worker_id: peer for peer in members}
         self._destination.set_members({peer.incarnation for peer in members}, former)
-        if self._me.role is Role.PREFILL:
-            self._source.set_peers(tuple(peer for peer in members if peer.role is Role.DECODE))
+        hands_over = self._me.role is Role.PREFILL
+        warm = tuple(peer for peer in members if hands_over and peer.role is Role.DECODE)
+        self._source.set_members(members, warm)
+        self._asks.set_members(self._members)
 
     @property
     def warm_links(self) -> tuple[str, ...]:
@@ -99,8 +104,26 @@ class TransferAgent:
 
     # --- source -------------------------------------------------------------------------------------------------------
 
-    def open(self, transfer_id: bytes, peer: PeerRef, request_id: str, attempt: int, num_blocks: int) -> None:
-        self._source.open(transfer_id, peer, request_id, attempt, num_blocks)
+    def open(
+        self,
+        transfer_id: bytes,
+        peer: PeerRef,
+        request_id: str,
+        attempt: int,
+        num_blocks: int,
+        kind: TransferKind = TransferKind.HANDOFF,
+    ) -> None:
+        refusal = self._source.open(transfer_id, peer, request_id, attempt, num_blocks, kind)
+        self._asks.answered(transfer_id, refusal)
+
+    def refuse_pull(self, pull_id: bytes, reason: str) -> None:
+        self._asks.answered(pull_id, reason)
+
+    def offer_return(self, home_worker_id: str, request_id: str, attempt: int, block_hashes: tuple[bytes, ...]) -> None:
+        """Dropped where the home is not there or does not hear it."""
+        if (home := (self._members or {}).get(home_worker_id)) is not None:
+            ask = ReturnAsk(self._hello(home), request_id, attempt, pack_hashes(block_hashes))
+            self._asks.ask(home, ask, lambda refusal: None)
 
     def send_blocks(self, transfer_id: bytes, first_block: int, block_ids: tuple[int, ...]) -> None:
         self._source.send_blocks(transfer_id, first_block, block_ids)
@@ -112,6 +135,29 @@ class TransferAgent:
 
     def expect(self, transfer_id: bytes, source: PeerRef, request_id: str, attempt: int) -> None:
         self._destination.expect(transfer_id, source, request_id, attempt)
+
+    def request_pull(
+        self,
+        pull_id: bytes,
+        source_worker_id: str,
+        request_id: str,
+        attempt: int,
+        block_hashes: tuple[bytes, ...],
+        kind: TransferKind,
+    ) -> None:
+        """Ask that worker, whichever life of it is a member now: what it sends is named by its hashes."""
+        source = (self._members or {}).get(source_worker_id)
+        if source is None:
+            reason = f"{source_worker_id} is not a member"
+            asyncio.get_running_loop().call_soon(self._host.on_pull_refused, pull_id, reason)
+            return
+        self._destination.expect(pull_id, source, request_id, attempt, kind)
+        ask = PullAsk(self._hello(source), pull_id, kind, request_id, attempt, pack_hashes(block_hashes))
+        self._asks.ask(source, ask, lambda refusal: self._on_pull_refused(pull_id, refusal))
+
+    def _on_pull_refused(self, pull_id: bytes, reason: str) -> None:
+        if self._destination.forget(pull_id):
+            self._host.on_pull_refused(pull_id, reason)
 
     def grant(self, transfer_id: bytes, num_held_blocks: int, block_ids: tuple[int, ...]) -> None:
         self._destination.grant(transfer_id, num_held_blocks, block_ids)
@@ -125,12 +171,19 @@ class TransferAgent:
         self._source.abort(transfer_id, reason)
         self._destination.abort(transfer_id, reason)
 
+    def _hello(self, peer: PeerRef) -> Hello:
+        return Hello(self._me, peer.incarnation, terms_of(self._store.layout, self._config))
+
     def _judge(self, hello: Hello) -> HelloRefused | None:
         return judge_hello(hello, self._me, terms_of(self._store.layout, self._config), self._members)
 
     async def serve(self, stream: Any) -> None:
         if self._ticking is not None:
             await self._destination.serve(stream)
+
+    async def answer(self, body: bytes) -> bytes:
+        """ValueError where it is no ask."""
+        return await self._asks.answer(body)
 
     async def _tick(self) -> None:
         loop = asyncio.get_running_loop()
@@ -146,3 +199,10 @@ class _PeerService(worker_pb2_grpc.PeerServicer):
 
     async def Control(self, request_iterator: AsyncIterator[Any], context: Any) -> None:
         await self._agent.serve(context)
+
+    async def Ask(self, request: worker_pb2.PeerFrame, context: Any) -> worker_pb2.PeerFrame:
+        try:
+            return worker_pb2.PeerFrame(body=await self._agent.answer(request.body))
+        except ValueError as error:
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
+            raise  # abort has raised already

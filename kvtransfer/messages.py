@@ -147,7 +147,7 @@ class Abort:
 TransferMessage = Offer | Accept | Refuse | Chunk | Ready | Commit | Ack | Abort
 
 
-# --- asked and answered beside the stream, once each -------------------------------------------------------------------
+# --- asked and answered beside the stream, once each ------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)

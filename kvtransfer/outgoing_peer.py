@@ -22,7 +22,7 @@ from protos.types import PeerRef
 logger = logging.getLogger("twinring.kvtransfer")
 
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.1, 2.0
-_CHANNEL_OPTIONS = [
+CHANNEL_OPTIONS = [
     ("grpc.use_local_subchannel_pool", 1),  # a worker that returns to an old address must not meet an old backoff
     ("grpc.enable_http_proxy", 0),
     ("grpc.max_receive_message_length", MAX_FRAME_NBYTES + 64),
@@ -101,7 +101,7 @@ class OutgoingPeer:
 
     async def _live(self) -> tuple[bool, str]:
         """From dialling to the loss of the link: whether it was ever warm, and why it was lost."""
-        async with grpc.aio.insecure_channel(self.peer.address, options=_CHANNEL_OPTIONS) as rpc:
+        async with grpc.aio.insecure_channel(self.peer.address, options=CHANNEL_OPTIONS) as rpc:
             channel = PeerChannel(worker_pb2_grpc.PeerStub(rpc).Control(), self._config)
             lane: SourceLane | None = None
             reason = "closed"

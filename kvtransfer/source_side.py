@@ -70,8 +70,9 @@ class SourceSide:
     def set_members(self, members: tuple[PeerRef, ...], warm: tuple[PeerRef, ...]) -> None:
         """`warm` are dialled now, the others when they are first needed; who is no member is dropped."""
         for incarnation in self._peers.keys() - {peer.incarnation for peer in members}:
-            peer = self._peers.pop(incarnation)
+            peer = self._peers[incarnation]
             peer.drop("no longer a member")
+            del self._peers[incarnation]
             task = self._loop.create_task(peer.closed())
             self._closing.add(task)
             task.add_done_callback(self._closing.discard)

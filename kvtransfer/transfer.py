@@ -43,7 +43,7 @@ abort asked by host    | -            | -         | lost         | send refuse,l
 abort from the peer    | -> WITHDRAWN | ignore    | lost         | lost            | CLOSING            | ignore
 link lost              | end          | end       | ignore       | lost            | CLOSING            | ignore
 source left            | end          | end       | lost         | lost            | CLOSING            | ignore
-deadline               | refuse, end  | end       | none: router | send abort, lost| send abort, CLOSING| -
+deadline               | refuse, end  | end       | none: host   | send abort, lost| send abort, CLOSING| -
 
 OFFERED starts by asking the host. The granted blocks are written in RECEIVING and CLOSING only, and only by scatters of
 verified chunks: `lost` waits for those that have begun. `arrived` is said only when every granted block is written.

@@ -113,6 +113,11 @@ class PeerStub:
                 request_serializer=protos_dot_worker__pb2.PeerFrame.SerializeToString,
                 response_deserializer=protos_dot_worker__pb2.PeerFrame.FromString,
                 _registered_method=True)
+        self.Ask = channel.unary_unary(
+                '/twinring.v1.Peer/Ask',
+                request_serializer=protos_dot_worker__pb2.PeerFrame.SerializeToString,
+                response_deserializer=protos_dot_worker__pb2.PeerFrame.FromString,
+                _registered_method=True)
 
 
 class PeerServicer:
@@ -125,11 +130,23 @@ class PeerServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Ask(self, request, context):
+        """A question of one worker to another, for a pull or about a return, and its answer: frames of the same kind.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_PeerServicer_to_server(servicer, server):
     rpc_method_handlers = {
             'Control': grpc.stream_stream_rpc_method_handler(
                     servicer.Control,
+                    request_deserializer=protos_dot_worker__pb2.PeerFrame.FromString,
+                    response_serializer=protos_dot_worker__pb2.PeerFrame.SerializeToString,
+            ),
+            'Ask': grpc.unary_unary_rpc_method_handler(
+                    servicer.Ask,
                     request_deserializer=protos_dot_worker__pb2.PeerFrame.FromString,
                     response_serializer=protos_dot_worker__pb2.PeerFrame.SerializeToString,
             ),
@@ -159,6 +176,33 @@ class Peer:
             request_iterator,
             target,
             '/twinring.v1.Peer/Control',
+            protos_dot_worker__pb2.PeerFrame.SerializeToString,
+            protos_dot_worker__pb2.PeerFrame.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Ask(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/twinring.v1.Peer/Ask',
             protos_dot_worker__pb2.PeerFrame.SerializeToString,
             protos_dot_worker__pb2.PeerFrame.FromString,
             options,

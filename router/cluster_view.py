@@ -10,11 +10,12 @@ from collections.abc import Callable, Sequence
 from protos.types import PeerRef, Role, WorkerStats
 from router.config import RouterConfig
 from router.decode_peak import Decoding
+from router.eviction_regret import EvictionRegret
 from router.hash_ring import RingPair
 from router.key_depth import KeyDepths
 from router.last_places import LastPlaces
 from router.policy import Candidate, by_pending, by_room
-from router.prefix_index import PrefixIndex
+from router.prefix_index import PrefixIndex, unheeded
 from router.queue_order import make_order
 from router.ranking import Ranking
 from router.worker_queue import WorkerQueue
@@ -47,11 +48,17 @@ class WorkerView:
     `queue` for every one placed here and not yet sent, `placed_blocks` and `decoding` for every one that decodes or
     will decode here; all are empty when no request in flight needs this worker."""
 
-    def __init__(self, ref: PeerRef, config: RouterConfig, on_load: Callable[[WorkerView], None]) -> None:
+    def __init__(
+        self,
+        ref: PeerRef,
+        config: RouterConfig,
+        on_load: Callable[[WorkerView], None],
+        on_evict: Callable[[bytes], None],
+    ) -> None:
         self.ref = ref
         self.stats = WorkerStats()
         self.warm_links: frozenset[str] = frozenset()  # of `stats`
-        self.prefixes = PrefixIndex(INITIAL_MAX_LINKS)
+        self.prefixes = PrefixIndex(INITIAL_MAX_LINKS, on_evict)
         self.pending_tokens = Tally(lambda: on_load(self))
         self.pending_us = Tally(lambda: None)  # microseconds, by the cost model: sums of integers do not drift
         self.placed_blocks = Tally(lambda: on_load(self))
@@ -142,12 +149,14 @@ class ClusterView:
         self.prefill_worker_ids: list[str] = []  # sorted: the same in every router
         self.num_pending_tokens = 0  # of all that prefill
         self._last_places = LastPlaces()
+        self.regret = EvictionRegret(INITIAL_MAX_LINKS)
         self._counted: dict[str, int] = defaultdict(int)  # what each has added to it
         self._changed: dict[str, WorkerView] = {}  # their load has changed while requests were queued
 
     def add(self, ref: PeerRef) -> None:
         assert ref.worker_id not in self.workers, ref
-        self.workers[ref.worker_id] = WorkerView(ref, self._config, self._rank)
+        on_evict = self.regret.evicted if self._prefills(ref.role) else unheeded
+        self.workers[ref.worker_id] = WorkerView(ref, self._config, self._rank, on_evict)
         self._rank(self.workers[ref.worker_id])
         if self._prefills(ref.role):
             self.rings.add(ref.worker_id)
@@ -173,6 +182,7 @@ class ClusterView:
         num_blocks = stats.num_blocks + stats.num_host_blocks
         if num_blocks != view.stats.num_blocks + view.stats.num_host_blocks:
             view.prefixes.resize(num_blocks * self._config.block_size // self._config.hash_block_size)
+            self.regret.resize(sum(self.workers[one].prefixes.max_links for one in self.prefill_worker_ids))
         if stats.warm_links != view.stats.warm_links:
             view.warm_links = frozenset(stats.warm_links)
         view.stats = stats
@@ -216,9 +226,10 @@ class ClusterView:
 
     def note_placed(self, view: WorkerView, links: Sequence[bytes]) -> None:
         """It is going to compute this chain: those that follow may count on it from now on."""
-        view.prefixes.note(links)
         if view.worker_id in self.rings.members:
+            self.regret.missed(links[view.prefixes.num_matching(links) :])
             self._last_places.note(links, view.worker_id)
+        view.prefixes.note(links)
 
     def last_place(self, links: Sequence[bytes]) -> str | None:
         """The worker, where it is up, that was given the longest prompt which this one continues or repeats."""

@@ -37,7 +37,7 @@ class RouterConfig:
     policy: PolicyConfig = field(default_factory=PolicyConfig)  # where a request is prefilled
     decode_policy: DecodePolicyName = "most_free_blocks"  # most room now, at the predicted peak, or with KV held there
     num_decode_candidates: int = 4  # decode workers with the most room now that peak_room and held_room choose from
-    max_local_prefill_tokens: int = 0  # a decode worker computes at a time, to spare short ones the handoff; 0: none
+    max_local_prefill_tokens: int = 0  # that a decode worker computes at a time in place of handoffs; 0: none
 
     # Queues of the router, one for each worker that prefills
     dispatch_tokens: int = 0  # sent to a worker and not yet prefilled, before more wait here; 0: all are sent at once

@@ -29,6 +29,7 @@ class DecodePlacement:
         self._predicts = config.decode_policy == "peak_room"
         self._counts_held = config.decode_policy == "held_room"
         self._max_local_tokens = config.max_local_prefill_tokens
+        self._max_requests = config.max_requests_per_worker
         self._policy = _policy(config)
         self._num_candidates = 1 if config.decode_policy == "most_free_blocks" else config.num_decode_candidates
         self._outputs = OutputLengths(NUM_RECENT_OUTPUTS)
@@ -58,6 +59,7 @@ class DecodePlacement:
             return None
         if self._counts_held:
             views += self._last_place(links, views, prefill, refused)
+        views = [view for view in views if view.num_requests < self._max_requests] or views
         candidates = [self._view.candidate(view, links, num_tokens) for view in views]
         if self._predicts:
             coming = num_tokens, self._outputs.remaining(0, num_remaining_tokens)

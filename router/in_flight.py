@@ -88,8 +88,9 @@ class InFlight:
 
     @property
     def num_cached_tokens(self) -> int:
-        """Prompt tokens that the prefill worker had, as far as it has said so."""
-        return self._prefill_account().num_cached_tokens
+        """Prompt tokens that the prefill worker had or has fetched from another, as far as it has said so."""
+        account = self._prefill_account()
+        return account.num_cached_tokens + account.num_pulled_tokens
 
     def note_tokens(self, now: float) -> None:
         if self.first_token_at is None:

@@ -161,7 +161,7 @@ class Planner:
         if not reason:
             return None
         local = self._plan_prefill(request, Choice(plan.decode.worker_id, plan.decode_reason))
-        return replace(local, decode_reason=reason)
+        return replace(local, decode_reason=reason, returns_to=None)
 
     def _with_decode(self, plan: Plan, links: Sequence[bytes], num_tokens: int, num_remaining_tokens: int) -> Plan:
         decode, reason = self._plan_decode(plan.prefill, links, num_tokens, num_remaining_tokens)

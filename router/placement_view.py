@@ -67,6 +67,9 @@ class RequestView:
     def ring(self, key: bytes) -> Iterator[str]:
         return self._view.rings.rings[0].walk(key)
 
+    def eviction_regret(self) -> float:
+        return self._view.regret.share
+
     def backlog_s(self, worker_id: str, prefill_s: float) -> float:
         return self._view.workers[worker_id].backlog_s(prefill_s)
 

@@ -5,7 +5,11 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+
+
+def unheeded(link: bytes) -> None:
+    """For an index whose evictions concern nobody."""
 
 
 class PrefixIndex:
@@ -14,9 +18,14 @@ class PrefixIndex:
     Invariant: a link is held only together with all links before it in its chain, because a chain is touched from its
     tail to its head and so always loses its tail first. That is what makes bisection valid."""
 
-    def __init__(self, max_links: int) -> None:
+    def __init__(self, max_links: int, on_evict: Callable[[bytes], None] = unheeded) -> None:
         self._max_links = max_links
+        self._on_evict = on_evict
         self._links: OrderedDict[bytes, None] = OrderedDict()
+
+    @property
+    def max_links(self) -> int:
+        return self._max_links
 
     def __len__(self) -> int:
         return len(self._links)
@@ -38,4 +47,4 @@ class PrefixIndex:
 
     def _evict(self) -> None:
         while len(self._links) > self._max_links:
-            self._links.popitem(last=False)
+            self._on_evict(self._links.popitem(last=False)[0])

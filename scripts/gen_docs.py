@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from cluster.config import DEMO_MODEL, SHARED_SETTINGS, ServeConfig
+from engine.config import PullConfig
 from router.tenants import TenantConfig
 
 INTRO = """# Configuration
@@ -56,6 +57,7 @@ tenants:
 """
 # Not set where they stand: the first in the tenants file, the others once, in the section that owns them.
 NOT_SET_IN_ROUTER = {"tenants", *SHARED_SETTINGS}
+OPTIONAL_SECTIONS = {"engine": {"pulls": PullConfig}}
 
 
 def main(path: str) -> None:
@@ -74,6 +76,9 @@ def tables(name: str, config: object) -> Iterator[str]:
         full = f"{name}.{inner}" if name else inner
         yield f"\n## `{full}`\n"
         yield from tables(full, section)
+        for inner, optional in OPTIONAL_SECTIONS.get(full, {}).items():
+            defaults = {field.name: field.default for field in dataclasses.fields(optional)}
+            yield f"\n## `{full}.{inner}`\n\nOff until something of it is set.\n{table(optional, defaults, set())}"
 
 
 def values_of(config: object) -> dict[str, object]:

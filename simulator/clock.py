@@ -31,6 +31,7 @@ class Clock:
         self.now = 0.0
         self._heap: list[tuple[float, int, int, Entry]] = []
         self._num_scheduled = 0
+        self._is_stopped = False
 
     def at(self, time: float, action: Callable[..., None], *args: Any, order: int = MESSAGE) -> Entry:
         assert time >= self.now, (time, self.now)
@@ -43,13 +44,13 @@ class Clock:
         return self.at(self.now + delay_s, action, *args)
 
     def stop(self) -> None:
-        """Nothing that was to happen happens any more."""
-        self._heap.clear()
+        """Nothing that is still to happen will."""
+        self._is_stopped = True
 
     def run(self) -> None:
-        """Until nothing is left to happen."""
+        """Until nothing is left to happen, or it is stopped."""
         heap = self._heap
-        while heap:
+        while heap and not self._is_stopped:
             time, _, _, entry = heapq.heappop(heap)
             if entry.action is None:
                 continue

@@ -45,8 +45,8 @@ class SimulatedCluster:
         self._num_late = 0  # first tokens after the TTFT SLO, the warm-up's aside
 
     def run(self, requests: Iterable[SimRequest], max_missed: int | None = None) -> None:
-        """Until every request has ended and everything is quiet, or more than max_missed of those after the warm-up have
-        missed their TTFT SLO. ValueError where they are not in order of time."""
+        """Until every request has ended and everything is quiet, or more than max_missed of those after the warm-up
+        have missed their TTFT SLO. ValueError where they are not in order of time."""
         self._max_missed = max_missed
         self._start_workers()
         for change in self.setup.changes:

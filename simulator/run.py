@@ -15,8 +15,8 @@ __all__ = ["Result", "Setup", "simulate"]
 def simulate(setup: Setup, requests: Iterable[SimRequest], max_missed: int | None = None) -> Result:
     """The same set-up and requests give the same result. ValueError for requests that are not in order of time.
 
-    max_missed: the run ends when more requests than that have missed their TTFT SLO, and the result is of those that had
-    come by then. For a search that only asks whether they do."""
+    max_missed: the run ends when more requests than that have missed their TTFT SLO, and the result is of those that
+    had come by then. For a search that only asks whether they do."""
     cluster = SimulatedCluster(setup)
     cluster.run(requests, max_missed)
     if max_missed is None:

@@ -158,6 +158,26 @@ def bisect(run: Callable[[float], CaseResult], known: Sequence[CaseResult], tole
     return found
 
 
+def search_around(
+    experiment: Experiment, variant: Variant, ring_seed: int, guess: float, num_runs: int = 20
+) -> list[CaseResult]:
+    """Without rates that were asked for: outward from a guess, in steps that grow, until one rate is good and one is
+    not; then narrowed down. ValueError where num_runs do not find both."""
+    cases: list[CaseResult] = []
+    rate, step = guess, 1 + 2 * experiment.tolerance
+    while len(cases) < num_runs:
+        cases.append(run_case(experiment, variant, rate, ring_seed, gives_up=True))
+        low, high = bracket(cases)
+        if low is not None and high is not None:
+            return cases + bisect(
+                lambda between: run_case(experiment, variant, between, ring_seed, gives_up=True),
+                cases,
+                experiment.tolerance,
+            )
+        rate, step = (rate * step if high is None else rate / step), min(2.0, step**1.5)
+    raise ValueError(f"{variant.label}: no goodput between {min(c.rate for c in cases):g} and {rate:g} requests/s")
+
+
 def is_good(case: CaseResult) -> bool:
     return case.summary.attainment >= MIN_ATTAINMENT
 

@@ -30,8 +30,8 @@ SHELLS: dict[str, str] = {
     "engine": """attention engine_thread fused_modules half_weights local_engine logits model_facts model_loader
         model_runner paged_kv_cache request_owners router_session sampler step_inputs transfer_port worker
         worker_health worker_host""",
-    "kvtransfer": """agent block_store destination_lane destination_side gloo_link lane_thread memory_link outgoing_peer
-        peer_channel source_lane source_side staging transport""",
+    "kvtransfer": """agent asks block_store destination_lane destination_side gloo_link lane_thread memory_link
+        outgoing_peer peer_channel source_lane source_side staging transport""",
     "router": """call_writer calls client_call cluster_service driver front_door grpc_call http_app http_requests
         http_server metrics openai.api prompts reply responses server tls worker_channel worker_metrics""",
     "prefill_worker": "actor",

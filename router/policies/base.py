@@ -53,6 +53,9 @@ class PlacementView(Protocol):
         """The worker on which the longest prompt was placed that this one continues or repeats, as far as this router
         remembers, and where it is up."""
 
+    def eviction_regret(self) -> float:
+        """The share of evicted blocks that are asked for again before long, in [0, 1]."""
+
     def backlog_s(self, worker_id: str, prefill_s: float) -> float:
         """How long a request that takes prefill_s would wait there for its turn."""
 

@@ -28,7 +28,9 @@ class PolicyConfig:
     has_slo_switch: bool = True  # dual_map: off, the warm candidate is taken however late it would be
     num_sampled: int = 2  # home_pair: random workers that are candidates beside the pair
     remembers: bool = True  # home_pair: where the prompt that this one continues was placed is a candidate, too
-    duplicate_cost: float = 3.0  # home_pair: of holding KV that another worker holds, times what computing it takes
+    duplicate_cost: float = (
+        30.0  # home_pair: of a second copy, times computing it, times how much of evicted KV is missed
+    )
     pulls: bool = True  # home_pair, min_ttft, exploit_explore: estimates count on KV pulled from another worker
     load_factor: float = 1.25  # single_ring: how far above the mean load a worker may get
     num_prefix_blocks: int = 2  # prefix_hash: hash blocks that make the key

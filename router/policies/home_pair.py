@@ -9,6 +9,9 @@ from router.policies.by_load import lightest
 from router.policies.estimates import Estimate, estimate_alone, estimate_with_holder
 from router.policy import Candidate, Choice
 
+# A copy is not free where memory is plentiful: what it serves is spread over more workers from then on.
+LEAST_REGRET = 0.04
+
 
 @dataclass(frozen=True, slots=True)
 class HomePair:
@@ -17,7 +20,8 @@ class HomePair:
     may pull what another holds; ties go to the pair.
 
     A copy takes memory from other prefixes: what a worker would hold although another one does already is charged with
-    duplicate_cost times what computing it takes. Needs to know 3 + num_sampled workers, a few more on a miss: O(1)."""
+    duplicate_cost times what computing it takes, times the share of evicted blocks that are asked for again. Needs to
+    know 3 + num_sampled workers, a few more on a miss: O(1)."""
 
     num_sampled: int
     pulls: bool
@@ -55,6 +59,5 @@ class HomePair:
         """What the second copy of what only `holder` has is charged with."""
         if not self.duplicate_cost or candidate.num_cached_tokens >= holder.num_cached_tokens:
             return 0.0
-        return self.duplicate_cost * (
-            candidate.prefill_s - view.prefill_s(candidate.worker_id, holder.num_cached_tokens)
-        )
+        computing_s = candidate.prefill_s - view.prefill_s(candidate.worker_id, holder.num_cached_tokens)
+        return self.duplicate_cost * max(LEAST_REGRET, view.eviction_regret()) * computing_s

@@ -11,6 +11,7 @@ import pytest
 from cluster.config import DEMO_MODEL, load_config
 from cluster.supervisor import worker_slots
 from cluster.tenants import FILE_VARIABLE, TOKENS_VARIABLE, hash_of
+from engine.config import PullConfig
 from protos.cost_model import HARDWARE
 from protos.types import Role
 
@@ -40,6 +41,24 @@ def test_modelled_hardware_may_be_written_out(tmp_path: Path) -> None:
     assert load_config(None, {"engine.modelled": "8b-h100"}).engine.modelled_hardware == HARDWARE["8b-h100"]
 
 
+def test_pulls_are_off_until_they_are_set() -> None:
+    assert load_config().engine.pulls is None
+    config = load_config(None, {"engine.pulls.s_per_token": "2.5e-6", "engine.pulls.base_s": 0.01})
+    assert config.engine.pulls == PullConfig(s_per_token=2.5e-6, base_s=0.01)
+    assert config.router.pull_s_per_token == 2.5e-6, "what placement counts with is the same, unless it is set"
+    assert not config.router.returns
+    returns = load_config(
+        None,
+        {
+            "engine.pulls.s_per_token": 1e-6,
+            "engine.pulls.max_returns": 2,
+            "router.returns": True,
+            "router.pull_s_per_token": 0,
+        },
+    )
+    assert returns.router.pull_s_per_token == 0
+
+
 def test_ray_address_comes_from_the_environment_unless_given(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
     assert load_config().ray.address == "10.0.0.1:6379"
@@ -56,6 +75,19 @@ def test_ray_address_comes_from_the_environment_unless_given(monkeypatch: pytest
         ("engine: {modelled: abacus}", "modelled must be one of 8b-a100, .* not 'abacus'"),
         ("engine: {modelled: {num_kv_tokens: 640}}", "engine.modelled.Hardware.cost: Field required"),
         ("router: {block_size: 128}", "set engine.block_size only"),
+        ("router: {pull_s_per_token: 1.0e-6}", "router.pull_s_per_token is 1e-06, but no worker pulls"),
+        ("router: {returns: true}", "engine.pulls.max_returns is 0: it must be above 0 with router.returns"),
+        ("engine: {pulls: {s_per_token: 1.0e-6, max_returns: 1}}", "engine.pulls.max_returns is 1"),
+        (
+            "{engine: {pulls: {s_per_token: 1.0e-6}}, router: {pull_s_per_token: 0}}",
+            "router.pull_s_per_token is 0: nobody would be told",
+        ),
+        ("engine: {pulls: {s_per_token: 1.0e-6, returns_answers: true}}", "returns_answers needs max_returns"),
+        ("engine: {pulls: {s_per_token: -1}}", "s_per_token must not be negative"),
+        ("engine: {pulls: {base_s: 1}}", "s_per_token: Field required"),
+        ("engine: {pulls: {s_per_tokens: 1}}", "unknown setting engine.pulls.s_per_tokens"),
+        ("engine: {pulls: [1]}", r"engine.pulls must be a mapping, got \[1\]"),
+        ("engine: {enable_prefix_caching: false, pulls: {s_per_token: 1.0e-6}}", "pulls need the prefix cache"),
         ("transfer: {checksum: md5}", "md5"),
         ("worker_port: 70000", "worker_port must be within 0 and 65535, not 70000"),
         ("worker_port: 50052", "worker_port 50052: all workers of a private Ray"),

@@ -25,7 +25,17 @@ from engine.events import (
     TransferOffered,
 )
 from protos.types import Handoff, TransferKind
-from tests.engine.fake_worker import PEER, PROMPT, FakeWorker, T, expected_output, generate, held_and_leased, measured
+from tests.engine.fake_worker import (
+    PEER,
+    PROMPT,
+    FakeWorker,
+    T,
+    digest,
+    expected_output,
+    generate,
+    held_and_leased,
+    measured,
+)
 from tests.engine.test_pull_source import hashes
 
 RETURNS = PullConfig(s_per_token=0.5, max_returns=1, deadline_s=10.0)
@@ -226,6 +236,67 @@ def test_a_home_that_is_fenced_gives_its_returns_up() -> None:
     assert held_and_leased(home) == (0, 2)
     home.on(TransferLost(asked.pull_id, "aborted"))
     assert held_and_leased(home) == (0, 0)
+
+
+# --- answers --------------------------------------------------------------------------------------------------------
+
+ANSWERS = PullConfig(s_per_token=0.5, max_returns=1, returns_answers=True)
+
+
+def decoded(pulls: PullConfig, max_tokens: int, returns_to: str = "") -> FakeWorker:
+    """A worker that has taken a request over from PEER and decoded it."""
+    taker = worker("me", pulls)
+    taker.submit(generate("r", PROMPT, max_tokens=max_tokens, source=T, returns_to=returns_to))
+    [granted] = taker.on(TransferOffered(T, "r", 1, 3))
+    assert isinstance(granted, GrantTransfer)
+    for place, block in enumerate(granted.block_ids):
+        taker.kv[block] = [
+            digest(PROMPT[: at + 1]) if at < len(PROMPT) else None for at in range(4 * place, 4 * place + 4)
+        ]
+    taker.on(TransferArrived(T, 1, tuple(expected_output(PROMPT, 1)), 1, 0.1, 0.0))
+    taker.run()
+    assert taker.tokens_of("r") == expected_output(PROMPT, max_tokens)[1:]
+    return taker
+
+
+@pytest.mark.parametrize(("returns_to", "home"), [("", PEER.worker_id), ("home", "home")])
+def test_an_answer_is_offered_to_the_home_of_its_prompt(returns_to: str, home: str) -> None:
+    taker = decoded(ANSWERS, 8, returns_to)
+    said = [*PROMPT, *expected_output(PROMPT, 8)]  # 18 tokens, the last one without KV: four full blocks
+    assert offers(taker) == [OfferReturn(home, "r", 1, hashes(said[:17]))]
+    assert held_and_leased(taker) == (0, 0)
+
+
+def test_the_next_turn_hits_the_answer_at_home() -> None:
+    taker, home = decoded(ANSWERS, 8), worker("home")
+    computed(home, returns_to="", max_tokens=1)
+    [offer] = offers(taker)
+    [asked] = home.on(ReturnOffered("me", "r", 1, offer.block_hashes))
+    assert isinstance(asked, RequestPull) and len(asked.block_hashes) == 2  # of four
+    bring(taker, home, asked)
+    turn = [*PROMPT, *expected_output(PROMPT, 8), 77, 78]
+    home.submit(generate("next", turn))
+    home.run()
+    assert home.tokens_of("next") == expected_output(turn, 4)
+    account = home.last_output("next").account
+    assert account is not None and account.num_cached_tokens == 16
+
+
+@pytest.mark.parametrize(("pulls", "max_tokens"), [(RETURNS, 8), (ANSWERS, 2)])
+def test_no_answer_is_offered(pulls: PullConfig, max_tokens: int) -> None:
+    """Switched off, or without a full block that the home does not have."""
+    assert offers(decoded(pulls, max_tokens)) == []
+
+
+def test_what_was_decoded_where_it_was_prefilled_is_there_already() -> None:
+    local = worker("home", ANSWERS)
+    computed(local, returns_to="", max_tokens=8)
+    assert offers(local) == []
+
+
+def test_answers_need_room_for_returns() -> None:
+    with pytest.raises(ValueError, match="max_returns"):
+        PullConfig(s_per_token=1, returns_answers=True)
 
 
 # --- copies go first ----------------------------------------------------------------------------------------------

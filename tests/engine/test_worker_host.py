@@ -4,6 +4,7 @@ lease ends the worker."""
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 from array import array
 from collections.abc import AsyncIterator, Callable
@@ -14,6 +15,7 @@ import pytest
 
 from engine.config import SchedulerConfig
 from engine.engine_thread import EngineThread
+from engine.events import OpenTransfer
 from engine.request_owners import RequestOwners
 from engine.router_session import RouterSession
 from engine.scheduler_output import SchedulerOutput, StepResult
@@ -28,11 +30,13 @@ from protos.types import (
     Abort,
     FinishReason,
     GenerateRequest,
+    Handoff,
     PeerRef,
     Role,
     RouterCommand,
     SamplingParams,
     TokenOutput,
+    TransferKind,
     TransferStats,
 )
 
@@ -40,13 +44,23 @@ FINGERPRINT = "model"
 
 
 class NoTransfers:
-    """A worker that is never asked to hand off."""
+    """A worker that is never asked to hand off, and refuses pulls."""
 
     warm_links = ("decode-7",)
     stats = TransferStats(num_completed=3)
 
     def __init__(self) -> None:
         self.members: list[tuple[int, tuple[PeerRef, ...]]] = []
+        self.opened: list[tuple[bytes, TransferKind]] = []
+        self.refused_pulls: list[tuple[bytes, str]] = []
+
+    def open(
+        self, transfer_id: bytes, peer: PeerRef, request_id: str, attempt: int, num_blocks: int, kind: TransferKind
+    ) -> None:
+        self.opened.append((transfer_id, kind))
+
+    def refuse_pull(self, pull_id: bytes, reason: str) -> None:
+        self.refused_pulls.append((pull_id, reason))
 
     def set_members(self, version: int, members: tuple[PeerRef, ...]) -> None:
         self.members.append((version, members))
@@ -218,6 +232,84 @@ async def test_a_crashed_engine_ends_the_worker(workplace: Workplace) -> None:
             await asyncio.sleep(0.05)
     assert len(workplace.ended) == 1
     assert "out of memory" in workplace.ended[0]
+
+
+async def test_a_question_does_not_wait_for_the_step_under_way(workplace: Workplace) -> None:
+    in_step, goes_on = threading.Event(), threading.Event()
+
+    def hold(output: SchedulerOutput) -> StepResult:
+        in_step.set()
+        assert goes_on.wait(10.0)
+        return workplace.sample_sevens(output)
+
+    workplace.execute = hold
+    async with grpc.aio.insecure_channel(workplace.me.address) as channel:
+        stream = pb_grpc.WorkerStub(channel).Connect()
+        await stream.write(hello())
+        await stream.read()
+        await stream.write(codec.command_to_proto(RouterCommand(submits=(a_request("r", 3),))))
+        assert await asyncio.to_thread(in_step.wait, 5.0)
+        workplace.host.on_pull_asked(b"p" * 16, workplace.me, "other", 1, (b"h" * 16,), TransferKind.PULL)
+        for _ in range(100):
+            if workplace.transfers.refused_pulls:
+                break
+            await asyncio.sleep(0.02)
+        assert workplace.transfers.refused_pulls == [(b"p" * 16, "pulls are off here")]
+        assert workplace.engine.step_age_s(time.monotonic()) > 0
+        goes_on.set()
+        outputs = await next_outputs(stream, 3)
+    assert [token for output in outputs for token in output.token_ids] == [7, 7, 7]
+
+
+async def test_what_ends_during_its_step_says_nothing_more_and_leaves_no_blocks(workplace: Workplace) -> None:
+    in_step, goes_on = threading.Event(), threading.Event()
+
+    def hold(output: SchedulerOutput) -> StepResult:
+        in_step.set()
+        assert goes_on.wait(10.0)
+        return workplace.sample_sevens(output)
+
+    workplace.execute = hold
+    async with grpc.aio.insecure_channel(workplace.me.address) as channel:
+        stream = pb_grpc.WorkerStub(channel).Connect()
+        await stream.write(hello())
+        await stream.read()
+        await stream.write(codec.command_to_proto(RouterCommand(submits=(a_request("r", 3),))))
+        assert await asyncio.to_thread(in_step.wait, 5.0)
+        await stream.write(
+            codec.command_to_proto(RouterCommand(aborts=(Abort("r", 1),), submits=(a_request("next", 2),)))
+        )
+        await asyncio.sleep(0.3)  # more than the engine's interval between two stats
+        during = workplace.engine.stats
+        assert (during.num_running, during.num_held_blocks, during.ledger_balanced) == (0, 2, True)
+        goes_on.set()
+        outputs = await next_outputs(stream, 2)
+    assert {output.request_id for output in outputs} == {"next"}
+    for _ in range(100):
+        if workplace.engine.stats.num_held_blocks == 0:
+            break
+        await asyncio.sleep(0.05)
+    assert workplace.engine.stats.num_held_blocks == 0
+    assert workplace.engine.stats.ledger_balanced
+
+
+@pytest.mark.parametrize("kind", [TransferKind.PULL, TransferKind.RETURN])
+async def test_a_pull_takes_nobodys_request_along(workplace: Workplace, kind: TransferKind) -> None:
+    """Its request_id is that of a request elsewhere, which may run here too: on its decode worker."""
+    workplace.step_s = 0.02
+    async with grpc.aio.insecure_channel(workplace.me.address) as channel:
+        stream = pb_grpc.WorkerStub(channel).Connect()
+        await stream.write(hello())
+        await stream.read()
+        await stream.write(codec.command_to_proto(RouterCommand(submits=(a_request("r", 20),))))
+        await next_outputs(stream, 1)
+        pull_id = b"p" * 16
+        workplace.host.deliver([OpenTransfer(Handoff(pull_id, workplace.me), "r", 1, 1, kind)])
+        await asyncio.sleep(0)
+        workplace.host.on_closed(pull_id)
+        outputs = await next_outputs(stream, 19)
+    assert workplace.transfers.opened == [(pull_id, kind)]
+    assert outputs[-1].finish_reason is FinishReason.LENGTH
 
 
 class TestRequestOwners:

@@ -8,11 +8,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvtransfer.messages import (
+    MAX_ASK_NBYTES,
     MAX_FRAME_NBYTES,
+    MAX_NUM_HASHES,
     MAX_TEXT_LENGTH,
     Abort,
     Accept,
     Ack,
+    Answer,
     Chunk,
     Commit,
     Hello,
@@ -21,20 +24,25 @@ from kvtransfer.messages import (
     Message,
     Offer,
     Ping,
+    PullAsk,
     Ready,
     Refuse,
+    ReturnAsk,
     Stamp,
     Terms,
     decode,
     encode,
+    pack_hashes,
+    unpack_hashes,
 )
 from protos.types import PROTOCOL_VERSION, PeerRef, Role, TransferKind
 from tests.kvtransfer.workers import LAYOUT
 
 STAMP = Stamp(bytes(range(16)), 3, "life-of-source", "life-of-destination")
 PEER = PeerRef("p0", "life", "10.0.0.1:5000", Role.PREFILL)
+HELLO = Hello(PEER, "other-life", Terms(PROTOCOL_VERSION, LAYOUT, "xxh3_64", 4 << 20))
 MESSAGES: list[Message] = [
-    Hello(PEER, "other-life", Terms(PROTOCOL_VERSION, LAYOUT, "xxh3_64", 4 << 20)),
+    HELLO,
     HelloRefused("dtype differs", True),
     LinkOffer("127.0.0.1", 40000, "ab" * 16),
     Ping(),
@@ -46,6 +54,9 @@ MESSAGES: list[Message] = [
     Commit(STAMP, 12, (1, 2, 3)),
     Ack(STAMP),
     Abort(STAMP, "client left"),
+    PullAsk(HELLO, bytes(range(16)), TransferKind.RETURN, "request", 2, bytes(48)),
+    ReturnAsk(HELLO, "request", 2, bytes(16)),
+    Answer("the first block asked for is not here"),
 ]
 
 
@@ -100,3 +111,30 @@ def test_damaged_frames_never_crash(message: Message, position: int, flip: int) 
         decode(bytes(body))
     except ValueError:
         return
+
+
+@given(st.lists(st.binary(min_size=16, max_size=16), min_size=1, max_size=5))
+def test_hashes_come_back(hashes: list[bytes]) -> None:
+    assert unpack_hashes(pack_hashes(hashes)) == tuple(hashes)
+
+
+def test_a_prefix_that_is_too_long_is_asked_for_in_part() -> None:
+    hashes = [number.to_bytes(16) for number in range(MAX_NUM_HASHES + 1)]
+    ask = ReturnAsk(HELLO, "x" * MAX_TEXT_LENGTH, 2, pack_hashes(hashes))
+    body = encode(ask)
+    assert decode(body, MAX_ASK_NBYTES) == ask
+    assert unpack_hashes(ask.block_hashes) == tuple(hashes[:MAX_NUM_HASHES])
+    with pytest.raises(ValueError, match="longer"):
+        decode(body)  # as on a stream, where nobody asks
+
+
+@pytest.mark.parametrize("packed", [b"", bytes(15), bytes(16 * (MAX_NUM_HASHES + 1))])
+def test_what_are_no_hashes_is_refused(packed: bytes) -> None:
+    with pytest.raises(ValueError, match="hashes"):
+        ReturnAsk(HELLO, "request", 2, packed)
+
+
+@pytest.mark.parametrize("kind", [TransferKind.HANDOFF, TransferKind.MIGRATE])
+def test_only_pulls_and_returns_are_asked_for(kind: TransferKind) -> None:
+    with pytest.raises(ValueError, match=kind):
+        PullAsk(HELLO, bytes(16), kind, "request", 2, bytes(16))

@@ -75,13 +75,13 @@ def checksum(content: tuple[int, ...] | None) -> int:
 
 
 class TwoMachines(RuleBasedStateMachine):
-    @initialize(num_blocks=st.integers(1, 7), num_held=st.integers(0, 7))
-    def open(self, num_blocks: int, num_held: int) -> None:
+    @initialize(num_blocks=st.integers(1, 7), num_held=st.integers(0, 7), kind=st.sampled_from(TransferKind))
+    def open(self, num_blocks: int, num_held: int, kind: TransferKind) -> None:
         self.now = 100.0
         self.num_blocks = num_blocks
         self.num_held = min(num_held, num_blocks)
-        self.source = SourceTransfer(STAMP, "r", num_blocks, BLOCK_NBYTES, CONFIG)
-        self.destination = DestinationTransfer(STAMP, "r", BLOCK_NBYTES, CONFIG)
+        self.source = SourceTransfer(STAMP, "r", num_blocks, BLOCK_NBYTES, CONFIG, kind)
+        self.destination = DestinationTransfer(STAMP, "r", BLOCK_NBYTES, CONFIG, kind)
         self.to_source: list[TransferMessage] = []
         self.to_destination: list[TransferMessage] = []
         self.gathers: list[Job] = []
@@ -334,7 +334,7 @@ TestTwoMachines.settings = settings(max_examples=300, stateful_step_count=40, de
 def test_the_good_path_is_reachable_in_the_model() -> None:
     """Else the properties above would hold of nothing."""
     model = TwoMachines()
-    model.open(5, 1)
+    model.open(5, 1, TransferKind.HANDOFF)
     for _ in range(30):
         model.go_on(1)
     assert isinstance(model.destination_ends[0], ReportArrived)
@@ -373,11 +373,23 @@ def test_two_chunks_for_one_block_end_the_transfer() -> None:
     )
 
 
-def test_other_kinds_are_refused_until_they_are_served() -> None:
+def test_an_offer_of_another_kind_is_refused_and_the_right_one_still_awaited() -> None:
     transfer = DestinationTransfer(STAMP, "r", BLOCK_NBYTES, CONFIG)
-    transfer.on(Announced(STAMP, "r"), 0)
-    effects = transfer.on(Received(Offer(STAMP, TransferKind.MIGRATE, "r", 1)), 0)
-    assert [type(effect) for effect in effects] == [Tell, ReportLost]
+    transfer.on(Announced(STAMP, "r", TransferKind.PULL), 0)
+    for wrong in set(TransferKind) - {TransferKind.PULL}:
+        (refused,) = transfer.on(Received(Offer(STAMP, wrong, "r", 1)), 0)
+        assert isinstance(refused, Tell)
+        assert isinstance(refused.message, Refuse)
+    assert transfer.on(Received(Offer(STAMP, TransferKind.PULL, "r", 1)), 0) == [AskHost("r", 1, 1)]
+
+
+def test_an_offer_that_came_first_is_refused_where_another_kind_is_announced() -> None:
+    transfer = DestinationTransfer(STAMP, "r", BLOCK_NBYTES, CONFIG, TransferKind.RETURN)
+    transfer.on(Received(Offer(STAMP, TransferKind.RETURN, "r", 1)), 0)
+    (refused,) = transfer.on(Announced(STAMP, "r"), 0)
+    assert isinstance(refused, Tell)
+    assert isinstance(refused.message, Refuse)
+    assert transfer.on(Received(Offer(STAMP, TransferKind.HANDOFF, "r", 1)), 0) == [AskHost("r", 1, 1)]
 
 
 def test_a_withdrawn_offer_is_lost_at_its_announcement() -> None:

@@ -15,7 +15,7 @@ import torch
 from kvtransfer.agent import TransferAgent
 from kvtransfer.config import TransferConfig
 from kvtransfer.transport import Transport
-from protos.types import KVLayout, PeerRef, Role
+from protos.types import KVLayout, PeerRef, Role, TransferKind
 
 LAYOUT = KVLayout("model-a", "float32", 2, 2, 8, 4, 4)  # 1 KiB a block
 NUM_BLOCKS = 64
@@ -55,6 +55,7 @@ class RecordingHost:
     def __init__(self) -> None:
         self.events: list[tuple[Any, ...]] = []
         self.answer: Callable[[bytes, int], None] = lambda transfer_id, num_blocks: None
+        self.answer_pull: Callable[[bytes, PeerRef], None] = lambda pull_id, destination: None
         self._changed = asyncio.Event()
 
     def on_offered(self, transfer_id: bytes, request_id: str, attempt: int, num_blocks: int) -> None:
@@ -82,17 +83,37 @@ class RecordingHost:
     def on_closed(self, transfer_id: bytes) -> None:
         self._add("closed", transfer_id)
 
+    def on_pull_asked(
+        self,
+        pull_id: bytes,
+        destination: PeerRef,
+        request_id: str,
+        attempt: int,
+        block_hashes: tuple[bytes, ...],
+        kind: TransferKind,
+    ) -> None:
+        self._add("asked", pull_id, destination, request_id, attempt, block_hashes, kind)
+        self.answer_pull(pull_id, destination)
+
+    def on_pull_refused(self, pull_id: bytes, reason: str) -> None:
+        self._add("pull refused", pull_id, reason)
+
+    def on_return_offered(
+        self, source_worker_id: str, request_id: str, attempt: int, block_hashes: tuple[bytes, ...]
+    ) -> None:
+        self._add("return offered", source_worker_id, request_id, attempt, block_hashes)
+
     def _add(self, *event: Any) -> None:
         self.events.append(event)
         self._changed.set()
 
-    def of(self, transfer_id: bytes) -> list[tuple[Any, ...]]:
+    def of(self, transfer_id: bytes | str) -> list[tuple[Any, ...]]:
         return [event for event in self.events if event[1] == transfer_id]
 
     def ends(self, transfer_id: bytes) -> list[str]:
-        return [event[0] for event in self.of(transfer_id) if event[0] != "offered"]
+        return [event[0] for event in self.of(transfer_id) if event[0] not in ("offered", "asked")]
 
-    async def next(self, kind: str, transfer_id: bytes, timeout_s: float = 10.0) -> tuple[Any, ...]:
+    async def next(self, kind: str, transfer_id: bytes | str, timeout_s: float = 10.0) -> tuple[Any, ...]:
         async with asyncio.timeout(timeout_s):
             while True:
                 for event in self.of(transfer_id):

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
+from protos.cost_model import CostModel
 from router.admission import early_refusal
 from router.config import RouterConfig
+from router.events import Fail
 from router.policy import Candidate
+from tests.router.values import CONFIG as ROUTER
+from tests.router.values import arrived, make_router
 
 CONFIG = RouterConfig(ttft_slo_s=2.0, max_requests_per_worker=10)
 IDLE = Candidate("decode-0", num_requests=9)
@@ -53,3 +59,24 @@ def test_a_full_decode_worker_refuses(priority: int) -> None:
     refused = early_refusal(CONFIG, 0.01, priority, None, prefill(0), Candidate("decode-0", num_requests=10))
     assert refused is not None
     assert "decode-0 has 10 requests" in refused.message
+
+
+@pytest.mark.parametrize(
+    ("changes", "is_taken"),
+    [
+        ({"queue_order": "shortest_remaining"}, True),
+        ({"queue_order": "shortest_remaining", "estimates_by_order": False}, False),
+        ({"queue_order": "first_come"}, False),
+        ({"queue_order": "first_come", "refuses_early": False}, True),
+    ],
+)
+def test_only_what_goes_first_is_held_against_a_request(changes: dict[str, object], is_taken: bool) -> None:
+    """A second a token: 6 were sent, 12 are queued, and this one has 3."""
+    cost = CostModel(0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 0.0)
+    config = replace(ROUTER, dispatch_tokens=1, cost=cost, ttft_slo_s=18.0, **changes)  # type: ignore[arg-type]
+    router = make_router("p-0", "d-0", config=config)
+    router.on(arrived("sent", list(range(6))), 0.0)
+    router.on(arrived("long", list(range(100, 112))), 0.0)
+    assert router.num_in_flight == 2
+    refused = [e for e in router.on(arrived("short", [1, 2, 3]), 0.0) if isinstance(e, Fail)]
+    assert bool(refused) != is_taken

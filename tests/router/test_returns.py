@@ -13,7 +13,7 @@ from router.router import Router
 from tests.router.test_router_queues import SECOND_PER_TOKEN, prompt
 from tests.router.values import CONFIG, arrived, links_of, make_router, output, reported, sends
 
-HOME_PAIR = PolicyConfig("home_pair", num_sampled=9)
+HOME_PAIR = PolicyConfig("home_pair", num_sampled=4, remembers=False, duplicate_cost=0.0)
 RETURNS = replace(CONFIG, cost=SECOND_PER_TOKEN, refuses_early=False, policy=HOME_PAIR, returns=True)
 SHARED = prompt(1, 40)
 

@@ -52,6 +52,7 @@ configs = st.builds(
     ttft_slo_s=st.sampled_from((1.0, 20.0)),  # with the cost model and without, a few requests are in time
     pull_s_per_token=st.sampled_from((0.0, 0.1)),
     decode_policy=st.sampled_from(get_args(DecodePolicyName)),
+    max_local_prefill_tokens=st.sampled_from((0, 3, 12)),
     policy=st.sampled_from([PolicyConfig(name) for name in get_args(PolicyName)]) | st.just(BY_AFFINITY),
 )
 picks = st.integers(0, 1_000_000)

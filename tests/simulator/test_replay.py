@@ -74,6 +74,7 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     requests=workloads(),
     policy=st.sampled_from(get_args(PolicyName)),
     decode_policy=st.sampled_from(get_args(DecodePolicyName)),
+    max_local_prefill_tokens=st.sampled_from((0, 32)),
     queue_order=st.sampled_from(get_args(QueueOrderName)),
     dispatch_tokens=st.sampled_from((0, 128)),
     rebalances=st.booleans(),

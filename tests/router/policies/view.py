@@ -134,6 +134,9 @@ class FakeView:
             self.asked["ring"] += 1
             yield worker_id
 
+    def eviction_regret(self) -> float:
+        return 1.0
+
     def backlog_s(self, worker_id: str, prefill_s: float) -> float:
         return self._loads[worker_id].num_pending_tokens * self._prefill_s_per_token
 

@@ -1,0 +1,81 @@
+"""From DualMap as published to the default, one switch at a time, in the simulator. What brings nothing, or harm, stays
+in the table."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from bench._routing import NUM_JOBS, RELEASED_DEPTHS, Contest, figure_of, hold, setup_of, traces
+from bench.harness import Figure
+from router.config import RouterConfig
+from router.policies.config import PolicyConfig
+from simulator.runs import processes
+from simulator.setup import Setup
+from simulator.sweep import Variant, contender
+
+DESCRIPTION = "what each lever between DualMap as published and the default gives, simulated"
+
+NUM_HOST_TOKENS = 4_000_000
+TRACES = ("conversation", "tool_agent")
+PAIR_ALONE = PolicyConfig("home_pair", num_sampled=0, pulls=False, remembers=False, duplicate_cost=0.0)
+
+
+def run(quick: bool) -> list[Figure]:
+    scale, tolerance = (0.3, 0.04) if quick else (1.0, 0.02)
+    contests = [
+        Contest(trace, setup, ladder_of(setup), tolerance, 1)
+        for trace in traces(scale)
+        if trace.name in TRACES
+        for setup in (setup_of(), setup_of(num_host_tokens=NUM_HOST_TOKENS))
+    ]
+    with processes(NUM_JOBS) as pool:
+        found = hold(contests, pool)
+    figures: list[Figure] = []
+    for contest, cells in zip(contests, found, strict=True):
+        tier = "with host tier" if contest.setup.num_host_tokens else "device alone"
+        for step, cell in enumerate(cells):
+            figures.append(figure_of(replace(cell, label=f"{tier}: {step} {cell.label}"), contest.reference))
+    return figures
+
+
+def ladder_of(setup: Setup) -> tuple[Variant, ...]:
+    """Each step has the ones before, but for those that are marked with -: these are tried and taken back."""
+    published = replace(
+        setup.router,
+        policy=PolicyConfig("dual_map"),
+        queue_order="cached_first",
+        rebalances=True,
+        estimates_by_order=False,
+        adapts_key_depth=True,
+        key_depth=RELEASED_DEPTHS,
+    )
+    ordered = replace(published, queue_order="shortest_remaining")
+    pair = replace(ordered, estimates_by_order=True, rebalances=False, policy=PAIR_ALONE)
+    fixed = replace(pair, adapts_key_depth=False)
+    sampled = with_policy(fixed, num_sampled=2)
+    charged = with_policy(sampled, duplicate_cost=PolicyConfig().duplicate_cost)
+    remembering = with_policy(charged, remembers=True)
+    pulling = with_policy(remembering, pulls=True)
+    steps: dict[str, RouterConfig] = {
+        "DualMap as published": published,
+        "- without its SLO switch": with_policy(published, has_slo_switch=False),
+        "- without rebalancing": replace(published, rebalances=False),
+        "shortest remaining prefill first": ordered,
+        "estimates by the queue's order": replace(ordered, estimates_by_order=True),
+        "least estimate of the pair, without rebalancing": pair,
+        "key of two blocks": fixed,
+        "two sampled workers": sampled,
+        "copies charged for": charged,
+        "where the last turn was placed": remembering,
+        "pulls: the default": pulling,
+        "- returns": replace(pulling, returns=True),
+        "- rebalancing": replace(pulling, rebalances=True),
+        "- Moore-Hodgson": replace(pulling, queue_order="moore_hodgson"),
+        "- all workers sampled": with_policy(pulling, num_sampled=8),
+    }
+    return tuple(contender(label, router, setup) for label, router in steps.items())
+
+
+def with_policy(router: RouterConfig, **settings: Any) -> RouterConfig:
+    return replace(router, policy=replace(router.policy, **settings))
