@@ -25,16 +25,18 @@ from simulator.runs import run_all
 from simulator.setup import Setup, default_router, default_scheduler
 from simulator.sweep import CaseResult, Experiment, Variant, contender, goodput_of, is_good, search_around
 from simulator.traces import read_trace
-from simulator.transforms import jittered, renumbered, truncated
+from simulator.transforms import from_zero, jittered, renumbered, truncated
 
 TRACES = Path(os.environ.get("TWINRING_TRACES", Path(__file__).parents[2] / "shared" / "data" / "traces"))
 HARDWARE_NAME = "8b-h100"
 TTFT_SLO_S, TPOT_SLO_S = 5.0, 0.05
 JITTER_S = 3.0  # the conversation trace has ticks of three seconds
 CUT = 20_000
+HOST_TOKENS = 4_000_000  # of a host tier, per worker
 NUM_STEP_BUDGETS = 2
 NUM_JOBS = 2
 NUM_REQUESTS = {"conversation": 5000, "synthetic": 3993, "tool_agent": 6000, "long_sessions": 4000}
+FIRST_UNSEEN = 6000
 RING_SEEDS = (0, 1, 2, 3)
 # The others choose alike whatever the rings say.
 RING_POLICIES: tuple[PolicyName, ...] = ("single_ring", "prefix_hash", "dual_map", "home_pair")
@@ -49,20 +51,22 @@ class Trace:
     num_warmup: int  # of a trace that is compressed; generated ones have a time
 
 
-def traces(scale: float = 1.0) -> Iterable[Trace]:
-    """Public ones only where they are at hand: docs/simulator.md says where from. scale: of the number of requests."""
+def traces(scale: float = 1.0, is_unseen: bool = False) -> Iterable[Trace]:
+    """Public ones only where they are at hand: docs/simulator.md says where from. scale: of the number of requests.
+    is_unseen: what no setting was chosen by, later requests of the conversation trace and other generated ones."""
     conversation, synthetic = TRACES / "mooncake_conversation.jsonl.zst", TRACES / "mooncake_synthetic.jsonl.zst"
     if conversation.exists():
-        num = round(scale * NUM_REQUESTS["conversation"])
-        requests = jittered(read_trace(conversation).requests, JITTER_S, Random(0))[:num]
-        yield Trace("conversation", Compressed(renumbered(requests)), num // 5)
-        yield Trace(f"conversation_cut_{CUT}", Compressed(renumbered(truncated(requests, CUT))), num // 5)
-    if synthetic.exists():
+        num, first = round(scale * NUM_REQUESTS["conversation"]), FIRST_UNSEEN if is_unseen else 0
+        requests = jittered(read_trace(conversation).requests, JITTER_S, Random(0))[first : first + num]
+        yield Trace("conversation", Compressed(renumbered(from_zero(requests))), num // 5)
+        cut = renumbered(from_zero(truncated(requests, CUT)))
+        yield Trace(f"conversation_cut_{CUT}", Compressed(cut), num // 5)
+    if synthetic.exists() and not is_unseen:  # windows of it cannot be compared: its hit rate climbs
         num = round(scale * NUM_REQUESTS["synthetic"])
         yield Trace("synthetic", Compressed(renumbered(read_trace(synthetic).requests[:num])), num // 5)
     for name in ("tool_agent", "long_sessions"):
         num = round(scale * NUM_REQUESTS[name])
-        yield Trace(name, Generated(preset(name), num, Random, f"0/{name}"), 0)
+        yield Trace(name, Generated(preset(name), num, Random, f"{int(is_unseen)}/{name}"), 0)
 
 
 def setup_of(num_decode: int = 0, num_host_tokens: int = 0) -> Setup:
@@ -82,6 +86,10 @@ def setup_of(num_decode: int = 0, num_host_tokens: int = 0) -> Setup:
         router=router,
         scheduler=scheduler,
     )
+
+
+def tier_of(setup: Setup) -> str:
+    return "with host tier" if setup.num_host_tokens else "device alone"
 
 
 def router_of(setup: Setup, policy: PolicyConfig, order: QueueOrderName) -> RouterConfig:
@@ -193,6 +201,15 @@ def _cell(trace: str, variant: Variant, by_seed: list[list[CaseResult]]) -> Cell
 
 
 # --- figures ------------------------------------------------------------------------------------------------------
+
+
+def figures_by_tier(contests: Sequence[Contest], found: Sequence[Sequence[Cell]]) -> list[Figure]:
+    """For contests that differ in their memory, too."""
+    return [
+        figure_of(replace(cell, label=f"{tier_of(contest.setup)}: {cell.label}"), contest.reference)
+        for contest, cells in zip(contests, found, strict=True)
+        for cell in cells
+    ]
 
 
 def figure_of(cell: Cell, reference: float) -> Figure:

@@ -1,5 +1,6 @@
 """Every placement policy on every trace, in the simulator: goodput as the highest rate at which nine requests in ten
-meet the TTFT SLO, under each queue order, with equal costs, memory and links. docs/routing.md reads it."""
+meet the TTFT SLO, with equal costs, memory and links; the closest ones under every queue order. docs/routing.md reads
+it."""
 
 from __future__ import annotations
 

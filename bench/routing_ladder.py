@@ -6,7 +6,16 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from bench._routing import NUM_JOBS, RELEASED_DEPTHS, Contest, figure_of, hold, setup_of, traces
+from bench._routing import (
+    HOST_TOKENS,
+    NUM_JOBS,
+    RELEASED_DEPTHS,
+    Contest,
+    figures_by_tier,
+    hold,
+    setup_of,
+    traces,
+)
 from bench.harness import Figure
 from router.config import RouterConfig
 from router.policies.config import PolicyConfig
@@ -16,7 +25,6 @@ from simulator.sweep import Variant, contender
 
 DESCRIPTION = "what each lever between DualMap as published and the default gives, simulated"
 
-NUM_HOST_TOKENS = 4_000_000
 TRACES = ("conversation", "tool_agent")
 PAIR_ALONE = PolicyConfig("home_pair", num_sampled=0, pulls=False, remembers=False, duplicate_cost=0.0)
 
@@ -27,16 +35,11 @@ def run(quick: bool) -> list[Figure]:
         Contest(trace, setup, ladder_of(setup), tolerance, 1)
         for trace in traces(scale)
         if trace.name in TRACES
-        for setup in (setup_of(), setup_of(num_host_tokens=NUM_HOST_TOKENS))
+        for setup in (setup_of(), setup_of(num_host_tokens=HOST_TOKENS))
     ]
     with processes(NUM_JOBS) as pool:
         found = hold(contests, pool)
-    figures: list[Figure] = []
-    for contest, cells in zip(contests, found, strict=True):
-        tier = "with host tier" if contest.setup.num_host_tokens else "device alone"
-        for step, cell in enumerate(cells):
-            figures.append(figure_of(replace(cell, label=f"{tier}: {step} {cell.label}"), contest.reference))
-    return figures
+    return figures_by_tier(contests, found)
 
 
 def ladder_of(setup: Setup) -> tuple[Variant, ...]:
@@ -74,7 +77,7 @@ def ladder_of(setup: Setup) -> tuple[Variant, ...]:
         "- Moore-Hodgson": replace(pulling, queue_order="moore_hodgson"),
         "- all workers sampled": with_policy(pulling, num_sampled=8),
     }
-    return tuple(contender(label, router, setup) for label, router in steps.items())
+    return tuple(contender(f"{step} {label}", router, setup) for step, (label, router) in enumerate(steps.items()))
 
 
 def with_policy(router: RouterConfig, **settings: Any) -> RouterConfig:

@@ -3,13 +3,13 @@ memory is worth, and what copies of a prefix are worth with each."""
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 from bench._routing import (
+    HOST_TOKENS,
     NUM_JOBS,
     Contest,
-    figure_of,
+    figures_by_tier,
     hold,
     router_of,
     setup_of,
@@ -25,15 +25,10 @@ from simulator.sweep import Variant, contender
 
 DESCRIPTION = "goodput with device memory alone and with a host tier, copies allowed or charged for, simulated"
 
-NUM_HOST_TOKENS = 4_000_000
 ORDER: QueueOrderName = "shortest_remaining"
-POLICIES: tuple[PolicyName, ...] = ("dual_map", "home_pair", "single_ring", "threshold", "min_ttft")
-# Of home_pair's settings: second copies for nothing; hardly ever; and no pulls.
-SWITCHES: dict[str, dict[str, Any]] = {
-    "copies are free": {"duplicate_cost": 0.0},
-    "no copies": {"duplicate_cost": 1e6},
-    "no pulls": {"pulls": False},
-}
+POLICIES: tuple[PolicyName, ...] = ("dual_map", "home_pair", "single_ring")
+# Of home_pair's settings: second copies for nothing, and hardly ever.
+SWITCHES: dict[str, dict[str, Any]] = {"copies are free": {"duplicate_cost": 0.0}, "no copies": {"duplicate_cost": 1e6}}
 
 
 def run(quick: bool) -> list[Figure]:
@@ -41,16 +36,11 @@ def run(quick: bool) -> list[Figure]:
     contests = [
         Contest(trace, setup, variants_of(setup, quick), tolerance, 1)
         for trace in traces(scale)
-        for setup in (setup_of(), setup_of(num_host_tokens=NUM_HOST_TOKENS))
+        for setup in (setup_of(), setup_of(num_host_tokens=HOST_TOKENS))
     ]
     with processes(NUM_JOBS) as pool:
         found = hold(contests, pool)
-    figures: list[Figure] = []
-    for contest, cells in zip(contests, found, strict=True):
-        tier = "with host tier" if contest.setup.num_host_tokens else "device alone"
-        for cell in cells:
-            figures.append(figure_of(replace(cell, label=f"{tier}: {cell.label}"), contest.reference))
-    return figures
+    return figures_by_tier(contests, found)
 
 
 def variants_of(setup: Setup, quick: bool) -> tuple[Variant, ...]:

@@ -123,7 +123,7 @@ class Planner:
             decode=None,
             decode_reason="",
             home_worker_ids=request.home_pair(),
-            # To ask a home takes a step of it: only where it is thought to have something.
+            # To ask takes time, and a place among those that are served: only where there should be something.
             pull_worker_ids=sources if estimated.num_pulled_tokens else (),
             returns_to=self._returns_to(request, choice.worker_id),
             num_predicted_cached_tokens=candidate.num_cached_tokens,
@@ -154,8 +154,9 @@ class Planner:
         return replace(plan, decode_reason="no prefill worker is up")
 
     def _plan_local(self, request: RequestView, plan: Plan) -> Plan | None:
-        """On the worker that is to decode, where little is left to compute there: no handoff, and no queue."""
-        if plan.decode is None:
+        """On the worker that is to decode, where little is left to compute there: no handoff, and not behind what is
+        queued for the worker that would prefill."""
+        if plan.decode is None or not self._config.max_local_prefill_tokens:
             return None
         reason = self.decode.local_reason(request.candidate(plan.decode.worker_id), request.num_tokens)
         if not reason:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from functools import partial
 from statistics import fmean
 from typing import TYPE_CHECKING, Literal
 
@@ -25,6 +26,7 @@ MAX_RETURNS = 4  # to each worker at once, and from each
 PULLING_POLICIES = ("home_pair", "min_ttft", "exploit_explore")
 DEFAULT_SHARES = (0.4, 0.6, 0.8, 1.0, 1.2)  # of the reference rate, where no rates are asked for
 MAX_RATES = 1000
+MAX_STEPS = 20  # of a search that begins with a guess
 NUM_POINTS = 20  # over the time of arrivals, of what is told over time; loads are sampled more often in long runs
 
 
@@ -158,24 +160,25 @@ def bisect(run: Callable[[float], CaseResult], known: Sequence[CaseResult], tole
     return found
 
 
-def search_around(
-    experiment: Experiment, variant: Variant, ring_seed: int, guess: float, num_runs: int = 20
-) -> list[CaseResult]:
-    """Without rates that were asked for: outward from a guess, in steps that grow, until one rate is good and one is
-    not; then narrowed down. ValueError where num_runs do not find both."""
+def search_around(experiment: Experiment, variant: Variant, ring_seed: int, guess: float) -> list[CaseResult]:
+    """Where no rates were asked for: from a guess."""
+    return outward(
+        partial(run_case, experiment, variant, ring_seed=ring_seed, gives_up=True), guess, experiment.tolerance
+    )
+
+
+def outward(run: Callable[[float], CaseResult], guess: float, tolerance: float) -> list[CaseResult]:
+    """From the guess outward, in steps that grow, until one rate is good and one is not; then narrowed down. ValueError
+    where MAX_STEPS do not find both."""
     cases: list[CaseResult] = []
-    rate, step = guess, 1 + 2 * experiment.tolerance
-    while len(cases) < num_runs:
-        cases.append(run_case(experiment, variant, rate, ring_seed, gives_up=True))
+    rate, step = guess, 1 + 2 * tolerance
+    for _ in range(MAX_STEPS):
+        cases.append(run(rate))
         low, high = bracket(cases)
         if low is not None and high is not None:
-            return cases + bisect(
-                lambda between: run_case(experiment, variant, between, ring_seed, gives_up=True),
-                cases,
-                experiment.tolerance,
-            )
+            return cases + bisect(run, cases, tolerance)
         rate, step = (rate * step if high is None else rate / step), min(2.0, step**1.5)
-    raise ValueError(f"{variant.label}: no goodput between {min(c.rate for c in cases):g} and {rate:g} requests/s")
+    raise ValueError(f"{cases[0].label}: no goodput between {guess:g} and {cases[-1].rate:g} requests/s")
 
 
 def is_good(case: CaseResult) -> bool:

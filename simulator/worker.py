@@ -1,8 +1,5 @@
 """What runs a WorkerCore under virtual time: events, taken in when they come, and steps that take as long as the cost
-model says. Decides nothing about requests or blocks.
-
-The live counterpart, engine/engine_thread.py, takes events between steps. Pulls need what is done here: a question to
-this worker, or a grant, must not wait for a step of a few hundred milliseconds that it has nothing to do with."""
+model says. Decides nothing about requests or blocks. The live counterpart is engine/engine_thread.py."""
 
 from __future__ import annotations
 

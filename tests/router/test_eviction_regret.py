@@ -1,9 +1,13 @@
 from __future__ import annotations
 
+import hashlib
+
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from router.eviction_regret import MIN_EVICTIONS, WINDOW, EvictionRegret
+from router.eviction_regret import MAX_GHOSTS, MIN_EVICTIONS, WINDOW, EvictionRegret
+from tests.router.values import make_router, reported, stats
 
 
 def named(*numbers: int) -> list[bytes]:
@@ -11,7 +15,7 @@ def named(*numbers: int) -> list[bytes]:
 
 
 def test_it_is_the_share_of_the_evicted_that_is_missed() -> None:
-    regret = EvictionRegret(max_ghosts=10_000)
+    regret = EvictionRegret(num_held=10_000)
     for number in range(1000):
         regret.evicted(*named(number))
     regret.missed(named(*range(250), *range(5000, 6000)))
@@ -31,7 +35,7 @@ def test_little_says_nothing() -> None:
 
 
 def test_what_was_evicted_long_ago_is_not_regretted() -> None:
-    regret = EvictionRegret(max_ghosts=100)
+    regret = EvictionRegret(num_held=100)
     for number in range(1000):
         regret.evicted(*named(number))
     regret.missed(named(*range(1000)))
@@ -39,7 +43,7 @@ def test_what_was_evicted_long_ago_is_not_regretted() -> None:
 
 
 def test_old_times_are_forgotten() -> None:
-    regret = EvictionRegret(max_ghosts=10)
+    regret = EvictionRegret(num_held=10)
     for number in range(WINDOW):
         regret.evicted(*named(number))
         regret.missed(named(number))
@@ -49,12 +53,33 @@ def test_old_times_are_forgotten() -> None:
     assert regret.share < 0.1
 
 
+def test_of_many_a_sample_tells() -> None:
+    regret = EvictionRegret(num_held=16 * MAX_GHOSTS)
+    links = [hashlib.blake2b(number.to_bytes(4, "big")).digest() for number in range(40_000)]
+    for link in links:
+        regret.evicted(link)
+    regret.missed(links[:10_000])
+    assert 0.2 < regret.share < 0.3
+
+
 @given(st.lists(st.tuples(st.booleans(), st.integers(0, 40)), max_size=1500))
 def test_it_is_a_share(events: list[tuple[bool, int]]) -> None:
-    regret = EvictionRegret(max_ghosts=30)
+    regret = EvictionRegret(num_held=30)
     for is_eviction, number in events:
         if is_eviction:
             regret.evicted(*named(number))
         else:
             regret.missed(named(number))
     assert 0.0 <= regret.share <= 1.0
+
+
+@pytest.mark.parametrize(("worker_id", "share"), [("p-0", 20 / 320), ("d-0", 0.0)])
+def test_it_is_of_what_workers_that_prefill_are_thought_to_have_evicted(worker_id: str, share: float) -> None:
+    """Of 200 blocks: 500 are computed, 20 of those that were evicted last are computed again."""
+    router = make_router("p-0", "d-0")
+    view = router.view
+    for each in view.workers:
+        router.on(reported(each, stats=stats(num_blocks=100, num_host_blocks=100)), 0.0)
+    for number in (*range(500), *range(200, 220)):
+        view.note_placed(view.workers[worker_id], named(number))
+    assert view.regret.share == share

@@ -1,9 +1,14 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from router.events import WorkerDown
 from router.last_places import LastPlaces
+from tests.router.values import CONFIG, arrived, make_router
 
 PROMPTS = st.lists(st.integers(0, 1), max_size=5).map(
     lambda blocks: tuple(bytes(blocks[: end + 1]) for end in range(len(blocks)))
@@ -27,3 +32,26 @@ def test_the_oldest_are_forgotten() -> None:
     for name in (b"a", b"b", b"a", b"c"):
         places.note((name,), name.decode())
     assert [places.find((name,)) for name in (b"a", b"b", b"c")] == ["a", None, "c"]
+
+
+@pytest.mark.parametrize("dispatch_tokens", [0, 1])
+def test_the_router_remembers_where_it_placed_a_prompt_while_that_worker_is_up(dispatch_tokens: int) -> None:
+    """Sent or queued. Decode workers are remembered elsewhere (decode_placement.py)."""
+    router = make_router("p-0", "p-1", "d-0", config=replace(CONFIG, dispatch_tokens=dispatch_tokens))
+    for index in range(4):
+        router.on(arrived(f"first {index}", [index] * 8), 0.0)
+    placed = {}
+    for index in range(4):
+        in_flight = router._in_flight[f"first {index}"]
+        plan = in_flight.queued or (in_flight.attempt and in_flight.attempt.plan)
+        assert plan
+        placed[index] = plan.prefill.worker_id
+    assert set(placed.values()) == {"p-0", "p-1"}
+    assert any(one.queued for one in router._in_flight.values()) == bool(dispatch_tokens)
+    for index, worker_id in placed.items():
+        assert router.view.last_place(arrived("next", [*[index] * 8, 1, 2, 3, 4]).links) == worker_id
+    router.on(WorkerDown("p-1", "1", "test"), 0.0)
+    router.view.note_placed(router.view.workers["d-0"], arrived("other", [9] * 8).links)
+    assert router.view.last_place(arrived("other", [9] * 8).links) is None
+    for index in range(4):
+        assert router.view.last_place(arrived("next", [index] * 8).links) in ("p-0", None)

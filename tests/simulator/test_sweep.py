@@ -18,8 +18,9 @@ from simulator.offered import Compressed
 from simulator.report import Report, as_json, points_of
 from simulator.requests import SimRequest
 from simulator.result import Summary
+from simulator.run import simulate
 from simulator.setup import Setup, default_router
-from simulator.sweep import CaseResult, Experiment, Goodput, Variant, bisect, goodput_of, parse_rates
+from simulator.sweep import CaseResult, Experiment, Goodput, Variant, bisect, goodput_of, outward, parse_rates
 
 SETUP = Setup(hardware=HARDWARE["8b-h100"], num_prefill=8, num_decode=8)
 SUMMARY = Summary(**{field.name: 1 for field in fields(Summary)})
@@ -41,6 +42,44 @@ def runner(knee: float, rates: list[float]) -> Callable[[float], CaseResult]:
         return case(rate, 0.95 if rate <= knee else 0.5)
 
     return run
+
+
+# --- searches ---------------------------------------------------------------------------------------------------------
+
+
+@given(st.floats(0.05, 500), st.floats(0.5, 50))
+def test_a_search_from_a_guess_finds_the_knee(knee: float, guess: float) -> None:
+    rates: list[float] = []
+    found = goodput_of(outward(runner(knee, rates), guess, 0.02))
+    assert found.bound == "found"
+    assert found.rate <= knee <= found.rate * 1.02 * (1 + 1e-9)
+    assert len(rates) == len(set(rates)) <= 25
+
+
+def test_a_good_guess_takes_few_runs() -> None:
+    rates: list[float] = []
+    outward(runner(10.1, rates), 10.0, 0.02)
+    assert len(rates) <= 4
+
+
+def test_a_search_without_a_knee_says_so() -> None:
+    with pytest.raises(ValueError, match="one: no goodput between 1 and "):
+        outward(runner(math.inf, []), 1.0, 0.02)
+
+
+def test_a_run_is_given_up_once_too_many_have_missed() -> None:
+    """Forty long prompts at once on one worker: most of them are late, and the last ones are never looked at."""
+    setup = replace(SETUP, num_prefill=1, num_decode=0, num_warmup=2)
+    requests = [
+        SimRequest(0.02 * index, 1, tuple(range(100 * index, 100 * index + 40)), 20_480) for index in range(400)
+    ]
+    whole, cut = simulate(setup, requests), simulate(setup, requests, max_missed=20)
+    assert len(cut.records) < len(whole.records) == 400
+    num_late = sum(record.wait_s > setup.router.ttft_slo_s for record in cut.measured)
+    assert num_late > 20
+    assert cut.records[0].wait_s == whole.records[0].wait_s
+    assert math.isfinite(cut.summary().longest_wait_s)
+    assert simulate(setup, requests, max_missed=400).summary() == whole.summary()
 
 
 # --- rates ----------------------------------------------------------------------------------------------------------

@@ -2,10 +2,11 @@ from __future__ import annotations
 
 from math import inf
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from router.policies.home_pair import HomePair
+from router.policies.home_pair import LEAST_REGRET, HomePair
 from router.policy import Choice
 from tests.router.policies.view import PREFILL_S_PER_TOKEN, FakeView, Load, away
 
@@ -15,9 +16,9 @@ PULL_S = PREFILL_S_PER_TOKEN / 5
 ALL = 8  # sampled: every worker is a candidate
 
 
-def view(home: Load, others: Load, num_tokens: int = 1000, pull_s: float = PULL_S) -> FakeView:
+def view(home: Load, others: Load, num_tokens: int = 1000, pull_s: float = PULL_S, regret: float = 1.0) -> FakeView:
     loads = {worker_id: home if worker_id in HOME else others for worker_id in IDLE}
-    return FakeView(loads, num_tokens, pull_s_per_token=pull_s)
+    return FakeView(loads, num_tokens, pull_s_per_token=pull_s, regret=regret)
 
 
 def place(seen: FakeView, num_sampled: int = ALL, pulls: bool = True, duplicate_cost: float = 0.0) -> Choice:
@@ -32,6 +33,13 @@ def test_a_copy_is_charged_what_it_takes_from_others() -> None:
     assert not away(seen, place(seen, duplicate_cost=0.18))
     nothing_held = view(Load(300), Load(0))
     assert away(nothing_held, place(nothing_held, duplicate_cost=10.0))
+
+
+@pytest.mark.parametrize(("regret", "counted"), [(0.5, 0.5), (0.0, LEAST_REGRET), (LEAST_REGRET / 2, LEAST_REGRET)])
+def test_the_charge_is_by_what_others_miss_and_never_nothing(regret: float, counted: float) -> None:
+    seen = view(Load(300, num_cached_tokens=800), Load(0), regret=regret)
+    assert away(seen, place(seen, duplicate_cost=0.17 / counted))
+    assert not away(seen, place(seen, duplicate_cost=0.18 / counted))
 
 
 def test_where_its_last_turn_was_placed_is_a_candidate() -> None:

@@ -70,6 +70,7 @@ class FakeView:
         earlier_homes: Sequence[str] = (),
         prefill_s_per_token: float = PREFILL_S_PER_TOKEN,
         last_place: str | None = None,
+        regret: float = 1.0,
     ) -> None:
         self.num_tokens = num_tokens
         self.links: Sequence[bytes] = tuple(f"{prefix}/{index}".encode() for index in range(num_tokens // BLOCK))
@@ -79,6 +80,7 @@ class FakeView:
         self._sampler = Sampler(seed)
         self._earlier_homes = earlier_homes
         self._last_place = last_place
+        self._regret = regret
         self._prefill_s_per_token = prefill_s_per_token
         self._rings = rings_of(frozenset(loads))
 
@@ -135,7 +137,7 @@ class FakeView:
             yield worker_id
 
     def eviction_regret(self) -> float:
-        return 1.0
+        return self._regret
 
     def backlog_s(self, worker_id: str, prefill_s: float) -> float:
         return self._loads[worker_id].num_pending_tokens * self._prefill_s_per_token
