@@ -9,10 +9,10 @@ from typing import Any
 from bench._routing import (
     HOST_TOKENS,
     NUM_JOBS,
-    RELEASED_DEPTHS,
     Contest,
     figures_by_tier,
     hold,
+    router_of,
     setup_of,
     traces,
 )
@@ -44,15 +44,7 @@ def run(quick: bool) -> list[Figure]:
 
 def ladder_of(setup: Setup) -> tuple[Variant, ...]:
     """Each step has the ones before, but for those that are marked with -: these are tried and taken back."""
-    published = replace(
-        setup.router,
-        policy=PolicyConfig("dual_map"),
-        queue_order="cached_first",
-        rebalances=True,
-        estimates_by_order=False,
-        adapts_key_depth=True,
-        key_depth=RELEASED_DEPTHS,
-    )
+    published = router_of(setup, PolicyConfig("dual_map"), "cached_first")
     ordered = replace(published, queue_order="shortest_remaining")
     pair = replace(ordered, estimates_by_order=True, rebalances=False, policy=PAIR_ALONE)
     fixed = replace(pair, adapts_key_depth=False)

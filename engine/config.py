@@ -12,7 +12,7 @@ class PullConfig:
     Raises ValueError where a cost is negative or a limit makes no sense."""
 
     s_per_token: float  # what the KV of a token takes to come
-    base_s: float = 0.0  # what a pull takes beside: question, answer, a step of the home
+    base_s: float = 0.0  # what a pull takes beside: question, answer, a link that must be made
     deadline_s: float = 5.0  # a request waits no longer for all of its pulls
     max_served: int = 4  # 0: nobody pulls from here
     max_returns: int = 0  # brought home to here at once, and as many from here; 0: none

@@ -22,7 +22,7 @@ class Ledger:
     free: int
     cached: int
     held: int  # at least one request uses it
-    leased: int  # only transfers use it
+    leased: int  # only transfers and copies use it
     total: int
     balanced: bool
     host_cached: int = 0

@@ -283,11 +283,6 @@ class WorkerCore:
 
     # --- what others may know -------------------------------------------------------------------------------------
 
-    @property
-    def num_loaded_tokens(self) -> int:
-        """From host memory."""
-        return self._loads.num_loaded_blocks * self._config.block_size
-
     def ledger(self) -> Ledger:
         ledger, host = self._manager.ledger(), self._host
         return replace(

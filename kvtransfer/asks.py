@@ -32,6 +32,8 @@ from protos.types import PeerRef
 
 logger = logging.getLogger("twinring.kvtransfer")
 
+MAX_NUM_ASKING = 256  # unanswered asks of one worker: others that hang must not fill its memory
+
 
 class Asks:
     """Invariant: `_unanswered` has the pulls that the host was asked for and has not answered, each id once;
@@ -70,7 +72,10 @@ class Asks:
     # --- asking -------------------------------------------------------------------------------------------------------
 
     def ask(self, peer: PeerRef, ask: Ask, on_refused: Callable[[str], None]) -> None:
-        """on_refused(reason) where the other says no, or nothing in time."""
+        """on_refused(reason) where the other says no, or nothing in time. Later, in each case."""
+        if len(self._tasks) >= MAX_NUM_ASKING:
+            self._loop.call_soon(on_refused, f"{len(self._tasks)} asks are unanswered")
+            return
 
         async def asking() -> None:
             if refusal := await self._answer_of(peer, ask):
@@ -80,6 +85,8 @@ class Asks:
         self._spawn(asking())
 
     async def _answer_of(self, peer: PeerRef, ask: Ask) -> str:
+        if self._members.get(peer.worker_id) != peer:
+            return "no longer a member"
         if peer.incarnation not in self._channels:
             self._channels[peer.incarnation] = grpc.aio.insecure_channel(peer.address, options=CHANNEL_OPTIONS)
         stub = worker_pb2_grpc.PeerStub(self._channels[peer.incarnation])

@@ -15,12 +15,13 @@ class TransferConfig:
     chunk_nbytes: int = 4 << 20  # one wire operation; a block larger than this is a chunk of its own
     num_staging_chunks: int = 4  # per side of a link: how deep chunks pipeline
     chunk_timeout_s: float = 1.0  # one chunk on the wire
-    offer_timeout_s: float = 5.0  # longer than the longest engine step: the other worker grants between steps
+    offer_timeout_s: float = 5.0  # for the other worker's engine to answer an offer or an ask
     expect_timeout_s: float = 2.0  # how long an offer may precede the router's announcement
     transfer_timeout_s: float = 60.0  # an open transfer without any event
     connect_timeout_s: float = 5.0  # to dial another worker
     ping_interval_s: float = 0.5  # on a control stream that has nothing else to carry
     silence_timeout_s: float = 1.5  # a control stream that is silent for longer has lost its peer
+    max_lazy_links: int = 8  # of one worker, made for pulls and returns; the one unused for longest makes way
     checksum: Checksum = "xxh3_64"  # of each chunk
     bind_host: str = "127.0.0.1"  # not encrypted or authenticated: a private interface; auto: the Ray node's IP
     transport: Literal["gloo"] = "gloo"  # what carries the chunks
@@ -33,7 +34,7 @@ class TransferConfig:
             raise ValueError(f"transport must be gloo, not {self.transport!r}")
         if self.failpoint not in ("", "flip_received_bytes"):
             raise ValueError(f"failpoint must be empty or flip_received_bytes, not {self.failpoint!r}")
-        for name in ("chunk_nbytes", "num_staging_chunks"):
+        for name in ("chunk_nbytes", "num_staging_chunks", "max_lazy_links"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
         for name in self.__dataclass_fields__:

@@ -55,6 +55,7 @@ class SourceSide:
         self._loop = asyncio.get_running_loop()
         self._transfers: dict[bytes, SourceTransfer] = {}
         self._peers: dict[str, OutgoingPeer] = {}
+        self._lazy: dict[str, None] = {}  # of them those that were dialled for one transfer, longest unused first
         self._closing: set[asyncio.Task[None]] = set()
 
     @property
@@ -68,26 +69,43 @@ class SourceSide:
     # --- peers ------------------------------------------------------------------------------------------------------
 
     def set_members(self, members: tuple[PeerRef, ...], warm: tuple[PeerRef, ...]) -> None:
-        """`warm` are dialled now, the others when they are first needed; who is no member is dropped."""
+        """`warm` are dialled now and kept, the others when they are first needed; who is no member is dropped."""
         for incarnation in self._peers.keys() - {peer.incarnation for peer in members}:
-            peer = self._peers[incarnation]
-            peer.drop("no longer a member")
-            del self._peers[incarnation]
-            task = self._loop.create_task(peer.closed())
-            self._closing.add(task)
-            task.add_done_callback(self._closing.discard)
+            self._drop(incarnation, "no longer a member")
         for member in warm:
+            self._lazy.pop(member.incarnation, None)
             self._dial(member)
 
     async def warm(self, member: PeerRef) -> str:
         """Have a link to this member. Answers why there is none after connect_timeout_s; empty where there is one."""
+        is_kept = member.incarnation in self._peers and member.incarnation not in self._lazy
         peer = self._dial(member)
+        if not is_kept:
+            self._note_used(member.incarnation)
         try:
             async with asyncio.timeout(self._config.connect_timeout_s):
                 await peer.is_warm.wait()
         except TimeoutError:
             return _no_link(member, peer.not_warm_because)
         return ""
+
+    def _note_used(self, incarnation: str) -> None:
+        """Of those that are beyond max_lazy_links then, drop those that move nothing now."""
+        self._lazy.pop(incarnation, None)
+        self._lazy[incarnation] = None
+        busy = {transfer.stamp.destination_incarnation for transfer in self._transfers.values()}
+        for former in list(self._lazy)[: -self._config.max_lazy_links]:
+            if former not in busy:
+                self._drop(former, "not used for long")
+
+    def _drop(self, incarnation: str, reason: str) -> None:
+        peer = self._peers[incarnation]
+        peer.drop(reason)
+        del self._peers[incarnation]
+        self._lazy.pop(incarnation, None)
+        task = self._loop.create_task(peer.closed())
+        self._closing.add(task)
+        task.add_done_callback(self._closing.discard)
 
     def _dial(self, member: PeerRef) -> OutgoingPeer:
         """Once; it then dials again by itself, for as long as it is a member."""

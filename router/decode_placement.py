@@ -39,8 +39,8 @@ class DecodePlacement:
         """An answer has ended by itself."""
         self._outputs.note(num_output_tokens)
 
-    def note_placed(self, view: WorkerView, links: Sequence[bytes]) -> None:
-        """A request was sent there to decode: soon it has the KV of this chain. What it generates has no links yet."""
+    def note_held(self, view: WorkerView, links: Sequence[bytes]) -> None:
+        """A request decodes there, so it has the KV of this chain. What is generated has no links yet."""
         if (self._counts_held or self._max_local_tokens) and view.worker_id not in self._view.rings.members:
             view.prefixes.note(links)
             self._last_places.note(links, view.worker_id)

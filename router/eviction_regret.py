@@ -20,8 +20,8 @@ class EvictionRegret:
 
     def __init__(self, num_held: int) -> None:
         """num_held: links that all who evict hold together."""
-        self.resize(num_held)
         self._ghosts: OrderedDict[bytes, None] = OrderedDict()
+        self.resize(num_held)
         self._num_evicted = 0.0
         self._num_regretted = 0.0
 
@@ -33,6 +33,8 @@ class EvictionRegret:
     def resize(self, num_held: int) -> None:
         self._max_ghosts = min(num_held, MAX_GHOSTS)
         self._sampled_below = HASH_SPACE if num_held <= MAX_GHOSTS else HASH_SPACE * MAX_GHOSTS // num_held
+        while len(self._ghosts) > self._max_ghosts:
+            self._ghosts.popitem(last=False)
 
     def evicted(self, link: bytes) -> None:
         if not self._is_sampled(link):

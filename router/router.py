@@ -188,7 +188,6 @@ class Router:
         plan = attempt.plan
         num_blocks = -(-in_flight.num_tokens // self._config.block_size)
         plan.decoding_worker.place_to_decode(in_flight.request_id, num_blocks, in_flight)
-        self.planner.decode.note_placed(plan.decoding_worker, in_flight.links)
         if plan.decode is None:
             return []
         handoff = Handoff(attempt.transfer_id, plan.prefill.ref)
@@ -326,6 +325,8 @@ class Router:
             return self._fail_over(in_flight, f"worker {view.worker_id} gave it up: {output.error}", now)
         if output.account is not None:
             attempt.accounts[view.worker_id] = output.account
+        if view is attempt.plan.decoding_worker and view.worker_id not in attempt.reported:
+            self.planner.decode.note_held(view, in_flight.links)
         attempt.reported.add(view.worker_id)
         view.note_prefilled(in_flight.request_id)
         return self._commit(in_flight, view, output, now)

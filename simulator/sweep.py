@@ -114,7 +114,8 @@ def run_case(
         router=replace(variant.router, ring_seed=ring_seed),
         scheduler=replace(experiment.setup.scheduler, pulls=variant.pulls),
     )
-    max_missed = int((1 - MIN_ATTAINMENT) * (len(requests) - num_warmup)) if gives_up else None
+    num_measured = len(requests) - num_warmup
+    max_missed = num_measured - math.ceil(MIN_ATTAINMENT * num_measured) if gives_up else None
     result = simulate(setup, requests, max_missed)
     windows = result.windows(experiment.window_s or point_s)
     return CaseResult(variant.label, rate, ring_seed, result.summary(), tuple(map(_load_point, result.loads)), windows)

@@ -30,7 +30,7 @@ MAX_TOKENS = 6
 WORKERS = st.integers(0, NUM_WORKERS - 1)
 NUM_SHARED = st.sampled_from([0, 3, 8, 13, 16])  # tokens
 HOMES = st.permutations([f"w{place}" for place in range(NUM_WORKERS)])
-PULLS = PullConfig(s_per_token=0.5, deadline_s=60.0, max_served=2, max_returns=2)
+PULLS = PullConfig(s_per_token=0.5, deadline_s=60.0, max_served=2, max_returns=2, returns_answers=True)
 
 
 def worker(name: str, host: HostTierConfig | None) -> FakeWorker:
@@ -80,7 +80,7 @@ class HandoffMachine(RuleBasedStateMachine):
         name = self.new_prompt(num_shared, num_own)
         transfer_id = self.new_transfer(self.workers[source], self.workers[(source + away) % NUM_WORKERS])
         self.sources[name] = self.workers[source]
-        self.submit((source + away) % NUM_WORKERS, name, 0, None, transfer_id)
+        self.submit((source + away) % NUM_WORKERS, name, 0, None, transfer_id, returns_to=homes[0])
         self.submit(source, name, 0, transfer_id, None, homes[:2], returns_to=homes[0])
 
     @rule(worker=WORKERS, data=st.data())
@@ -130,11 +130,12 @@ class HandoffMachine(RuleBasedStateMachine):
 
     @rule()
     def tell_home(self) -> None:
-        """That a prefix of its own was computed elsewhere."""
+        """That a prefix of its own was computed elsewhere. A home that is nobody here hears nothing."""
         if self.network.offers:
             source, offer = self.network.offers.pop()
             offered = ReturnOffered(source.ref.worker_id, offer.request_id, offer.attempt, offer.block_hashes)
-            self.deliver(self.network.workers[offer.home_worker_id], offered)
+            if (home := self.network.workers.get(offer.home_worker_id)) is not None:
+                self.deliver(home, offered)
 
     @rule(data=st.data())
     def repeat(self, data: st.DataObject) -> None:

@@ -5,13 +5,16 @@ from __future__ import annotations
 
 import asyncio
 import secrets
+import threading
 from collections.abc import AsyncIterator
+from dataclasses import replace
 
 import grpc
 import pytest
 import pytest_asyncio
 import torch
 
+from kvtransfer import asks
 from kvtransfer.handshake import terms_of
 from kvtransfer.memory_link import MemoryTransport
 from kvtransfer.messages import MAX_ASK_NBYTES, MAX_NUM_HASHES, Answer, Hello, Ping, PullAsk, decode, encode
@@ -112,6 +115,16 @@ async def test_who_leaves_while_it_is_asked_is_not_waited_for(pair: tuple[Worker
     assert asker.host.ends(pull_id) == ["lost"]
 
 
+async def test_who_leaves_before_it_is_asked_is_not_dialled(pair: tuple[Worker, Worker]) -> None:
+    home, asker = pair
+    pull_id = ask(asker)
+    membership(2, asker)
+    await asker.host.next("lost", pull_id)
+    await asyncio.sleep(0.1)
+    assert home.host.events == []
+    assert asker.host.ends(pull_id) == ["lost"]
+
+
 async def test_a_return_is_offered_to_a_home(pair: tuple[Worker, Worker]) -> None:
     home, asker = pair
     asker.agent.offer_return("p0", "r", 1, HASHES)
@@ -124,6 +137,86 @@ async def test_a_long_prefix_is_offered_in_part(pair: tuple[Worker, Worker]) -> 
     hashes = tuple(number.to_bytes(16) for number in range(MAX_NUM_HASHES + 5))
     asker.agent.offer_return("p0", "r", 1, hashes)
     assert (await home.host.next("return offered", "p1"))[4] == hashes[:MAX_NUM_HASHES]
+
+
+async def test_an_answer_that_comes_late_changes_nothing(pair: tuple[Worker, Worker]) -> None:
+    """The asker has given up meanwhile: what is offered then is refused."""
+    home, asker = pair
+    pull_id = ask(asker)
+    await home.host.next("asked", pull_id)
+    asker.agent.abort(pull_id, "late")
+    await asker.host.next("lost", pull_id)
+    home.agent.open(pull_id, asker.me, "r", 1, 1, PULL)
+    home.agent.send_blocks(pull_id, 0, (5,))
+    home.agent.commit(pull_id, 0, ())
+    assert "announced" in (await home.host.next("refused", pull_id))[2]
+    home.agent.refuse_pull(pull_id, "twice")
+    assert asker.host.ends(pull_id) == ["lost"]
+
+
+@pytest.mark.parametrize("who", [0, 1])
+async def test_closing_in_mid_ask_waits_for_nobody_and_leaves_nothing(who: int) -> None:
+    home = await Worker(Role.PREFILL, "p0", CONFIG, seed=1).start()
+    asker = await Worker(Role.PREFILL, "p1", CONFIG).start()
+    membership(1, home, asker)
+    pull_id = ask(asker)
+    await home.host.next("asked", pull_id)
+    first, second = (home, asker) if who == 0 else (asker, home)
+    async with asyncio.timeout(4.0):
+        await first.stop()
+        if first is home:
+            await asker.host.next("pull refused", pull_id)
+        await second.stop()
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("kv-")]
+    assert home.agent.open_transfers == asker.agent.open_transfers == 0
+    assert len(asker.host.ends(pull_id)) == 1
+
+
+async def test_too_many_unanswered_asks_are_refused_at_once(
+    pair: tuple[Worker, Worker], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home, asker = pair
+    monkeypatch.setattr(asks, "MAX_NUM_ASKING", 2)
+    first, second, third = ask(asker), ask(asker), ask(asker)
+    assert "2 asks are unanswered" in (await asker.host.next("pull refused", third))[2]
+    for pull_id in (first, second):
+        await home.host.next("asked", pull_id)
+        home.agent.refuse_pull(pull_id, "no")
+        await asker.host.next("pull refused", pull_id)
+    await home.host.next("asked", ask(asker))
+    assert home.host.of(third) == []
+    membership(2, asker)  # so that nobody waits for the last one
+
+
+async def test_the_link_that_was_unused_for_longest_makes_way_unless_it_is_busy() -> None:
+    config = replace(CONFIG, max_lazy_links=2)
+    home = await Worker(Role.PREFILL, "p0", config, seed=1).start()
+    askers = [await Worker(Role.PREFILL, f"p{number}", config).start() for number in range(1, 5)]
+    decode = await Worker(Role.DECODE, "d0", config).start()
+    membership(1, home, *askers, decode)
+    await home.warm("d0")
+    serves(home, (5,))
+    for asker in askers:
+        asker.grants((20,))
+
+    async def pulls(number: int) -> None:
+        await askers[number - 1].host.next("arrived", ask(askers[number - 1]))
+
+    for number in (1, 2, 1, 3):
+        await pulls(number)
+    await home.warm("d0", "p1", "p3")
+    askers[0].grants((20,) * 5)
+    busy = secrets.token_bytes(16)
+    askers[0].agent.expect(busy, home.me, "r", 1)
+    home.agent.open(busy, askers[0].me, "r", 1, 5)
+    await pulls(2)
+    await home.warm("d0", "p1", "p2", "p3")  # p3 is the younger one, p1 moves something
+    await pulls(4)
+    await home.warm("d0", "p1", "p2", "p4")
+    home.agent.abort(busy, "enough")
+    for worker in (home, *askers, decode):
+        await worker.stop()
+        assert worker.agent.open_transfers == 0
 
 
 class Stranger:

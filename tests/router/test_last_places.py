@@ -35,8 +35,8 @@ def test_the_oldest_are_forgotten() -> None:
 
 
 @pytest.mark.parametrize("dispatch_tokens", [0, 1])
-def test_the_router_remembers_where_it_placed_a_prompt_while_that_worker_is_up(dispatch_tokens: int) -> None:
-    """Sent or queued. Decode workers are remembered elsewhere (decode_placement.py)."""
+def test_the_router_remembers_where_it_placed_a_prompt(dispatch_tokens: int) -> None:
+    """Sent or queued."""
     router = make_router("p-0", "p-1", "d-0", config=replace(CONFIG, dispatch_tokens=dispatch_tokens))
     for index in range(4):
         router.on(arrived(f"first {index}", [index] * 8), 0.0)
@@ -50,8 +50,14 @@ def test_the_router_remembers_where_it_placed_a_prompt_while_that_worker_is_up(d
     assert any(one.queued for one in router._in_flight.values()) == bool(dispatch_tokens)
     for index, worker_id in placed.items():
         assert router.view.last_place(arrived("next", [*[index] * 8, 1, 2, 3, 4]).links) == worker_id
+
+
+def test_workers_that_are_gone_or_only_decode_are_no_last_place() -> None:
+    router = make_router("p-0", "p-1", "d-0")
+    links = arrived("first", [1] * 8).links
+    router.view.note_placed(router.view.workers["d-0"], links)
+    assert router.view.last_place(links) is None
+    router.view.note_placed(router.view.workers["p-1"], links)
+    assert router.view.last_place(links) == "p-1"
     router.on(WorkerDown("p-1", "1", "test"), 0.0)
-    router.view.note_placed(router.view.workers["d-0"], arrived("other", [9] * 8).links)
-    assert router.view.last_place(arrived("other", [9] * 8).links) is None
-    for index in range(4):
-        assert router.view.last_place(arrived("next", [index] * 8).links) in ("p-0", None)
+    assert router.view.last_place(links) is None
