@@ -129,8 +129,8 @@ async def test_repeated_prefixes_are_cached_on_both_sides(server: Server, refere
 
 async def test_after_preemption(server: Server, reference: Reference) -> None:
     prompts = prompts_of(32, 64, seed=6)
-    answers = await generate_all(server.address, [request(prompt, 120, ignore_eos=True) for prompt in prompts])
-    expected = reference(prompts, 120)
+    answers = await generate_all(server.address, [request(prompt, 180, ignore_eos=True) for prompt in prompts])
+    expected = reference(prompts, 180)
     for answer, tokens in zip(answers, expected, strict=True):
         assert answer.token_ids[: len(tokens)] == tokens
     assert sum(answer.placement.preemptions for answer in answers) > 0, "the pool was meant to be too small"
