@@ -43,7 +43,8 @@ class DecodePlacement:
         """A request decodes there, so it has the KV of this chain. What is generated has no links yet."""
         if (self._counts_held or self._max_local_tokens) and view.worker_id not in self._view.rings.members:
             view.prefixes.note(links)
-            self._last_places.note(links, view.worker_id)
+            if self._counts_held:
+                self._last_places.note(links, view.worker_id)
 
     def choose(
         self,

@@ -168,10 +168,11 @@ class SimulatedWorker:
         self._end = self._output = None
         self.busy_s = self._busy_with(now)
         self.num_steps += len(self._token_times)
+        first_s = self._token_times[0] - self._started_at
         sampled = {
             each.request_id: _tokens_of(each, len(self._token_times)) for each in output.scheduled if each.samples
         }
-        self.core.note_step(output, now - self._started_at)
+        self.core.note_step(output, first_s)  # of the steps that this one stands for, the one that it describes
         effects = self.core.update_from_output(output, StepResult(sampled), now)
         if effects:
             self._deliver(effects)
