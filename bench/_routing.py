@@ -4,6 +4,7 @@ is that of docs/routing.md: 8 prefill workers alone, 8b-h100, TTFT within 5 s fo
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -141,9 +142,13 @@ class Contest:
         return RING_SEEDS[: self.num_seeds if variant.router.policy.name in RING_POLICIES else 1]
 
     def cases(self, variant: Variant, ring_seed: int, guess: float) -> list[CaseResult]:
+        """Told on stderr as they are found: a benchmark of this kind takes half an hour."""
         setup = replace(self.setup, num_warmup=self.trace.num_warmup)
         experiment = Experiment(self.trace.offered, setup, (variant,), (guess,), (ring_seed,), self.tolerance)
-        return search_around(experiment, variant, ring_seed, guess)
+        cases = search_around(experiment, variant, ring_seed, guess)
+        place = f"{self.trace.name}, {tier_of(self.setup)}, ring {ring_seed}"
+        print(f"{place}: {variant.label}: {_goodput(cases):.3f}/s", file=sys.stderr, flush=True)
+        return cases
 
 
 def hold(contests: Sequence[Contest], pool: Any) -> list[list[Cell]]:

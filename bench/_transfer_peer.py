@@ -7,6 +7,7 @@ import asyncio
 import os
 import random
 import secrets
+import time
 from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
 from typing import Any
@@ -19,22 +20,28 @@ from bench.harness import median_of, time_of
 from engine.paged_kv_cache import PagedKVCache
 from kvtransfer.agent import TransferAgent
 from kvtransfer.block_store import BlockStore
-from kvtransfer.config import TransferConfig
-from kvtransfer.gloo_link import GlooTransport
+from kvtransfer.config import TransferConfig, TransportName
 from kvtransfer.staging import as_bytes, checksum_of
-from kvtransfer.transport import Link
+from kvtransfer.transport import ReceiverLink, SenderLink
+from kvtransfer.transports import LocalFirst
 from protos.types import KVLayout, PeerRef, Role
 
 LAYOUT = KVLayout("bench", "float32", 4, 2, 32, 32, 32)  # 64 KiB a block, so that the smallest chunk is one block
 DEPTH = TransferConfig().num_staging_chunks  # operations in flight, on every path alike
 BIND_HOST = "127.0.0.1"
 TIMEOUT_S = 60.0
+TRANSPORTS: tuple[TransportName, ...] = ("gloo", "shared_memory")
+SECRET = bytes(32)
 
 
-def config_of(chunk_nbytes: int, is_bare: bool) -> TransferConfig:
+def config_of(chunk_nbytes: int, transport: TransportName, is_bare: bool) -> TransferConfig:
     """The shipping settings; is_bare leaves only staging and wire. Between runs nobody pings, so silence is long."""
     return TransferConfig(
-        chunk_nbytes=chunk_nbytes, checksum="none" if is_bare else "xxh3_64", silence_timeout_s=60, chunk_timeout_s=30
+        chunk_nbytes=chunk_nbytes,
+        checksum="none" if is_bare else "xxh3_64",
+        silence_timeout_s=60,
+        chunk_timeout_s=30,
+        transport=transport,
     )
 
 
@@ -89,7 +96,7 @@ def stage_rates(pool: PagedKVCache, chunk_nbytes: int, runs: int) -> dict[str, f
     }
 
 
-def pipeline(num: int, post: Callable[[int], None], wait: Callable[[int], None]) -> None:
+def pipeline(num: int, post: Callable[[int], None], wait: Callable[[int], object]) -> None:
     """num operations, DEPTH of them in flight."""
     for index in range(min(DEPTH, num)):
         post(index)
@@ -114,12 +121,12 @@ class RawPath:
         pipeline(num, post, lambda index: works.pop(index).wait())
 
 
-class LinkPath:
-    """The shipping link, without lanes: staging to staging."""
+class SendingPath:
+    """The shipping link, without lanes."""
 
-    def __init__(self, link: Link, slots: list[torch.Tensor]) -> None:
+    def __init__(self, link: SenderLink, chunk_nbytes: int) -> None:
         self.link = link
-        self._slots = slots
+        self._slots = link.allocate(DEPTH * chunk_nbytes).fill_(1).view(DEPTH, chunk_nbytes)
         self._first = 0
 
     def move(self, num: int) -> None:
@@ -131,10 +138,32 @@ class LinkPath:
         )
 
 
-class GrantingHost:
-    """Grants every offer the blocks it asks for, and says how each transfer ended."""
+class ReceivingPath:
+    """Its other end, from which each chunk comes to lie in memory of our own: gloo leaves it there, what lies in shared
+    memory is copied."""
 
-    def __init__(self, block_ids: tuple[int, ...], tell: Callable[[str], None]) -> None:
+    def __init__(self, link: ReceiverLink, slots: list[torch.Tensor]) -> None:
+        self.link = link
+        self._slots = slots
+        self._first = 0
+
+    def move(self, num: int) -> None:
+        first, self._first = self._first, self._first + num
+
+        def take(index: int) -> None:
+            slot = self._slots[index % DEPTH]
+            received = self.link.wait(first + index)
+            if received.data_ptr() != slot.data_ptr():
+                slot.copy_(received)
+            self.link.release(first + index)
+
+        pipeline(num, lambda index: self.link.post(first + index, self._slots[index % DEPTH]), take)
+
+
+class GrantingHost:
+    """Grants every offer the blocks it asks for, and says how each transfer ended, and when."""
+
+    def __init__(self, block_ids: tuple[int, ...], tell: Callable[[tuple[str, float]], None]) -> None:
         self.agent: TransferAgent
         self._block_ids = block_ids
         self._tell = tell
@@ -143,25 +172,25 @@ class GrantingHost:
         self.agent.grant(transfer_id, 0, self._block_ids[:num_blocks])
 
     def on_arrived(self, transfer_id: bytes, *account: object) -> None:
-        self._tell("arrived")
+        self._tell(("arrived", time.perf_counter()))
 
     def on_lost(self, transfer_id: bytes, reason: str) -> None:
-        self._tell(f"lost: {reason}")
+        self._tell((f"lost: {reason}", time.perf_counter()))
 
     def on_refused(self, transfer_id: bytes, reason: str) -> None:
-        self._tell(f"refused: {reason}")
+        self._tell((f"refused: {reason}", time.perf_counter()))
 
     def on_closed(self, transfer_id: bytes) -> None:
-        self._tell("closed")
+        self._tell(("closed", time.perf_counter()))
 
     def on_pull_asked(self, pull_id: bytes, *ask: object) -> None:
         self.agent.refuse_pull(pull_id, "nobody pulls here")
 
     def on_pull_refused(self, pull_id: bytes, reason: str) -> None:
-        self._tell(f"pull refused: {reason}")
+        self._tell((f"pull refused: {reason}", time.perf_counter()))
 
     def on_return_offered(self, source_worker_id: str, *offer: object) -> None:
-        self._tell("return offered")
+        self._tell(("return offered", time.perf_counter()))
 
 
 async def start_agent(
@@ -170,7 +199,7 @@ async def start_agent(
     server = grpc.aio.server()
     port = server.add_insecure_port(f"{BIND_HOST}:0")
     me = PeerRef(role.value, secrets.token_hex(8), f"{BIND_HOST}:{port}", role)
-    host.agent = TransferAgent(me, store, host, config)
+    host.agent = TransferAgent(me, store, host, config, SECRET)
     host.agent.add_to_server(server)
     await host.agent.start()
     await server.start()
@@ -198,32 +227,44 @@ class Destination:
         self._chunk_nbytes = chunk_nbytes
 
     async def serve(self) -> None:
-        slots = [torch.empty(self._chunk_nbytes, dtype=torch.uint8) for _ in range(DEPTH)]
-        transport = GlooTransport(config_of(self._chunk_nbytes, is_bare=True))
-        link = transport.listen(lambda reason: None)
-        self._pipe.send(link.offer)
-        await asyncio.to_thread(link.connect)
-        paths: dict[str, RawPath | LinkPath] = {"raw": RawPath(False, slots), "link": LinkPath(link, slots)}
-        agents = {"lanes": await self._agent(NoCopies(), True), "end_to_end": await self._agent(self._pool, False)}
+        paths: dict[str, RawPath | ReceivingPath] = {}
+        agents: dict[str, tuple[PeerRef, TransferAgent, grpc.aio.Server]] = {}
+        slots = [torch.zeros(self._chunk_nbytes, dtype=torch.uint8) for _ in range(DEPTH)]
+        paths["raw"] = RawPath(False, slots)
+        links = []
+        for transport in TRANSPORTS:
+            links.append(LocalFirst(config_of(self._chunk_nbytes, transport, is_bare=True)))
+            link = links[-1].listen(await asyncio.to_thread(self._pipe.recv), lambda reason: None)
+            self._pipe.send(link.offer)
+            await asyncio.to_thread(link.connect)
+            paths[f"wire_{transport}"] = ReceivingPath(link, slots)
+            agents[f"lanes_{transport}"] = await self._agent(NoCopies(), transport, is_bare=True)
+            agents[f"end_to_end_{transport}"] = await self._agent(self._pool, transport, is_bare=False)
         while (order := await asyncio.to_thread(self._pipe.recv)) != "close":
             kind, argument = order
             if kind == "stages":
                 self._pipe.send(stage_rates(self._pool, self._chunk_nbytes, argument))
             elif kind in paths:
                 await asyncio.to_thread(paths[kind].move, argument)
-                self._pipe.send("arrived")
+                self._pipe.send(("arrived", time.perf_counter()))
             else:
                 source, agent, _ = agents[kind]
                 agent.expect(argument, source, "r", 1)
         for _, agent, server in agents.values():
             await agent.close()
             await server.stop(None)
-        await asyncio.to_thread(link.close)
-        transport.close()
+        for path in paths.values():
+            if isinstance(path, ReceivingPath):
+                await asyncio.to_thread(path.link.close)
+        for each in links:
+            each.close()
 
-    async def _agent(self, store: BlockStore, is_bare: bool) -> tuple[PeerRef, TransferAgent, grpc.aio.Server]:
+    async def _agent(
+        self, store: BlockStore, transport: TransportName, is_bare: bool
+    ) -> tuple[PeerRef, TransferAgent, grpc.aio.Server]:
         host = GrantingHost(shuffled_ids(self._pool), self._pipe.send)
-        me, agent, server = await start_agent(Role.DECODE, store, host, config_of(self._chunk_nbytes, is_bare))
+        config = config_of(self._chunk_nbytes, transport, is_bare)
+        me, agent, server = await start_agent(Role.DECODE, store, host, config)
         self._pipe.send(me)
         source: PeerRef = await asyncio.to_thread(self._pipe.recv)
         agent.set_members(1, (me, source))

@@ -108,7 +108,9 @@ class Fleet:
     """A router with workers up, linked and loaded, and prompts for it: one in two begins with a prefix seen before."""
 
     def __init__(self, num_workers: int) -> None:
-        self._config = RouterConfig(max_in_flight=NUM_LOADED * num_workers + 1)
+        self._config = RouterConfig(
+            max_in_flight=NUM_LOADED * num_workers + 1, dispatch_tokens=0, pull_s_per_token=PULL_S_PER_TOKEN
+        )
         self._router = Router(self._config, lambda: secrets.token_bytes(16))
         self._random = random.Random(num_workers)
         self._prefixes = [make_tokens(self._random, TYPICAL_PROMPT // 2) for _ in range(NUM_PREFIXES)]
@@ -118,10 +120,8 @@ class Fleet:
             self._router.on(self._make_request(TYPICAL_PROMPT), 0.0)
 
     def planner(self, policy: PolicyName) -> Planner:
-        """Of the same view. Only the default is without pulls."""
-        pull_s = 0.0 if policy == self._config.policy.name else PULL_S_PER_TOKEN
-        config = replace(self._config, policy=PolicyConfig(policy), pull_s_per_token=pull_s)
-        return Planner(config, self._router.view)
+        """Of the same view."""
+        return Planner(replace(self._config, policy=PolicyConfig(policy)), self._router.view)
 
     def time_of_plan(self, planner: Planner) -> float:
         links = self._make_request(TYPICAL_PROMPT).links

@@ -1,5 +1,6 @@
-"""KV moved between two processes of this machine: each stage alone, the shipping path end to end, and raw gloo beside
-them, all in one run. The other process is bench/_transfer_peer.py."""
+"""KV moved between two processes of this machine, over gloo and over shared memory: each stage alone, the shipping path
+end to end, what of it prefill hides, and raw gloo and memcpy beside them, all in one run. The other process is
+bench/_transfer_peer.py."""
 
 from __future__ import annotations
 
@@ -16,15 +17,17 @@ from multiprocessing.connection import Connection
 import torch
 import torch.distributed as dist
 
+from bench._killed_peer import noticed_s
 from bench._transfer_peer import (
     BIND_HOST,
     DEPTH,
     LAYOUT,
     TIMEOUT_S,
+    TRANSPORTS,
     GrantingHost,
-    LinkPath,
     NoCopies,
     RawPath,
+    SendingPath,
     config_of,
     join_raw,
     main,
@@ -33,20 +36,23 @@ from bench._transfer_peer import (
     stage_rates,
     start_agent,
 )
-from bench.harness import Figure, interleave
+from bench.harness import Figure, interleave, median_of, time_of
 from engine.paged_kv_cache import PagedKVCache
 from kvtransfer.agent import TransferAgent
 from kvtransfer.block_store import BlockStore
-from kvtransfer.gloo_link import GlooTransport
+from kvtransfer.config import TransferConfig, TransportName
+from kvtransfer.transports import LocalFirst
 from protos.types import PeerRef, Role
 
-DESCRIPTION = "KV between two processes: each stage, the wire against raw gloo, end to end against its bounds"
+DESCRIPTION = "KV between two processes, over gloo and shared memory: each stage, end to end, what prefill hides"
 
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
-CHUNKS = (64 * KIB, 256 * KIB, MIB, 4 * MIB)
-PATHS = ("raw", "link", "lanes", "end_to_end")
+CHUNKS = (256 * KIB, MIB, 4 * MIB)
+PATHS = ("memcpy", "raw", *(f"{path}_{each}" for each in TRANSPORTS for path in ("wire", "lanes", "end_to_end")))
 NUM_BYTES = 128 * MIB  # of one run of one path
-TARGET_RATIO = 0.9
+RAW_GLOO_TARGET, MEMCPY_TARGET, NOTICED_TARGET_MS = 0.9, 0.8, 50.0
+NUM_PREFILL_CHUNKS = 8  # of the prompt whose transfer is to be hidden
+COMPUTE_SHARE = 1.5  # a prefill chunk takes so much longer than its KV takes to move alone
 
 
 def run(quick: bool) -> list[Figure]:
@@ -55,11 +61,25 @@ def run(quick: bool) -> list[Figure]:
     pool = make_pool(num_bytes)
     figures: list[Figure] = []
     with destination_process(num_bytes) as pipe:
-        for chunk_nbytes in CHUNKS[2:] if quick else CHUNKS:
+        for chunk_nbytes in CHUNKS[1:] if quick else CHUNKS:
             figures += measure(pipe, pool, chunk_nbytes, runs)
-    worst = min(figure.value for figure in figures if figure.key.startswith(("link_ratio_1M", "link_ratio_4M")))
-    note = f"the link, staging to staging, {DEPTH} chunks in flight: the worse of 1 MiB and 4 MiB"
-    return [Figure("wire_ratio_to_raw_gloo", worst, "x", TARGET_RATIO, note=note), *figures]
+    return [*verdicts(figures), *figures, *(killed_peer(each, runs) for each in TRANSPORTS)]
+
+
+def verdicts(figures: list[Figure]) -> list[Figure]:
+    """Of chunks of the default size."""
+    values = {figure.key: figure.value for figure in figures}
+    note = f"memory to memory, chunks of 4 MiB, {DEPTH} of them in flight"
+    return [
+        Figure("wire_ratio_to_raw_gloo", values["wire_gloo_to_raw_4M"], "x", RAW_GLOO_TARGET, note=note),
+        Figure("wire_ratio_to_memcpy", values["wire_shared_memory_to_memcpy_4M"], "x", MEMCPY_TARGET, note=note),
+    ]
+
+
+def killed_peer(transport: TransportName, runs: int) -> Figure:
+    noticed_ms = 1000 * median_of(min(runs, 5), lambda: noticed_s(transport))
+    note = "from SIGKILL of the sender to the end of a receive that waits for it"
+    return Figure(f"killed_peer_noticed_{transport}", noticed_ms, "ms", NOTICED_TARGET_MS, "lower", note)
 
 
 @contextmanager
@@ -90,28 +110,48 @@ def measure(pipe: Connection, pool: PagedKVCache, chunk_nbytes: int, runs: int) 
             source.time_of(path)  # warm-up
         seconds = interleave(runs, {path: lambda path=path: source.time_of(path) for path in PATHS})  # type: ignore[misc]
         stages = source.stage_seconds(runs)
+        hidden = {each: source.hidden_shares(each, runs) for each in TRANSPORTS}
     finally:
         source.close()
-    return figures_of(chunk_nbytes, pool.num_blocks * LAYOUT.block_nbytes, seconds, stages)
-
-
-def figures_of(
-    chunk_nbytes: int, num_bytes: int, seconds: dict[str, list[float]], stages: dict[str, float]
-) -> list[Figure]:
-    """Ratios are medians of the ratios of each turn. `stages` are seconds of one chunk."""
     size = f"{chunk_nbytes // MIB}M" if chunk_nbytes >= MIB else f"{chunk_nbytes // KIB}K"
-    raw_s = statistics.median(seconds["raw"]) / (num_bytes / chunk_nbytes)
-    one_by_one_s = raw_s + sum(stages.values())
-    overlapped_s = max(raw_s, stages["gather"] + stages["checksum"], stages["verify"] + stages["scatter"])
-    end_to_end_s = statistics.median(seconds["end_to_end"]) / (num_bytes / chunk_nbytes)
+    num_chunks = pool.num_blocks * LAYOUT.block_nbytes / chunk_nbytes
+    rates = figures_of(size, pool.num_blocks * LAYOUT.block_nbytes, seconds)
+    return [*rates, *stage_figures(size, chunk_nbytes, stages, seconds, num_chunks), *hidden_figures(size, hidden)]
+
+
+def figures_of(size: str, num_bytes: int, seconds: dict[str, list[float]]) -> list[Figure]:
+    """Ratios are medians of the ratios of each turn."""
     figures = [Figure(f"{path}_{size}", num_bytes / GIB / statistics.median(seconds[path]), "GiB/s") for path in PATHS]
-    figures += [Figure(f"{stage}_{size}", chunk_nbytes / GIB / duration, "GiB/s") for stage, duration in stages.items()]
-    for path in ("link", "lanes"):
-        ratio = statistics.median(raw / ours for raw, ours in zip(seconds["raw"], seconds[path], strict=True))
-        figures.append(Figure(f"{path}_ratio_{size}", ratio, "x"))
-    figures.append(Figure(f"end_to_end_ratio_to_one_by_one_{size}", one_by_one_s / end_to_end_s, "x"))
-    figures.append(Figure(f"end_to_end_ratio_to_overlapped_{size}", overlapped_s / end_to_end_s, "x"))
+    for transport, bound, name in (("gloo", "raw", "raw"), ("shared_memory", "memcpy", "memcpy")):
+        for path in ("wire", "lanes"):
+            pairs = zip(seconds[bound], seconds[f"{path}_{transport}"], strict=True)
+            ratio = statistics.median(fastest / ours for fastest, ours in pairs)
+            figures.append(Figure(f"{path}_{transport}_to_{name}_{size}", ratio, "x"))
     return figures
+
+
+def stage_figures(
+    size: str, chunk_nbytes: int, stages: dict[str, float], seconds: dict[str, list[float]], num_chunks: float
+) -> list[Figure]:
+    """`stages` are seconds of one chunk, each stage alone. Over shared memory nothing is copied on the way."""
+    figures = [Figure(f"{stage}_{size}", chunk_nbytes / GIB / duration, "GiB/s") for stage, duration in stages.items()]
+    for transport in TRANSPORTS:
+        wire_s = statistics.median(seconds["raw"]) / num_chunks if transport == "gloo" else 0.0
+        overlapped_s = max(wire_s, stages["gather"] + stages["checksum"], stages["verify"] + stages["scatter"])
+        ours_s = statistics.median(seconds[f"end_to_end_{transport}"]) / num_chunks
+        one_by_one = (wire_s + sum(stages.values())) / ours_s
+        figures.append(Figure(f"end_to_end_{transport}_to_one_by_one_{size}", one_by_one, "x"))
+        figures.append(Figure(f"end_to_end_{transport}_to_overlapped_{size}", overlapped_s / ours_s, "x"))
+    return figures
+
+
+def hidden_figures(size: str, hidden: dict[TransportName, list[float]]) -> list[Figure]:
+    most = 1 - 1 / NUM_PREFILL_CHUNKS
+    note = f"of {NUM_PREFILL_CHUNKS} equal chunks {most:.3f} can be hidden"
+    return [
+        Figure(f"hidden_share_{transport}_{size}", statistics.median(shares), "", note=note)
+        for transport, shares in hidden.items()
+    ]
 
 
 class Source:
@@ -124,21 +164,48 @@ class Source:
         self._num_chunks = pool.num_blocks * LAYOUT.block_nbytes // chunk_nbytes
         self._block_ids = shuffled_ids(pool)
         self._loop = asyncio.Runner()
-        slots = [torch.zeros(chunk_nbytes, dtype=torch.uint8) for _ in range(DEPTH)]
-        self._transport = GlooTransport(config_of(chunk_nbytes, is_bare=True))
-        self._link = LinkPath(self._transport.dial(pipe.recv(), lambda reason: None), slots)
-        self._link.link.connect()
-        self._paths: dict[str, RawPath | LinkPath] = {"raw": RawPath(True, slots), "link": self._link}
-        self._agents = {"lanes": self._agent(NoCopies(), True), "end_to_end": self._agent(pool, False)}
+        self._slots = [torch.ones(chunk_nbytes, dtype=torch.uint8) for _ in range(2 * DEPTH)]
+        self._paths: dict[str, RawPath | SendingPath] = {"raw": RawPath(True, self._slots)}
+        self._agents: dict[str, tuple[PeerRef, TransferAgent, asyncio.Queue[tuple[str, float]]]] = {}
+        self._links: list[LocalFirst] = []
+        for transport in TRANSPORTS:
+            self._paths[f"wire_{transport}"] = self._sending_path(transport)
+            self._agents[f"lanes_{transport}"] = self._agent(NoCopies(), transport, True)
+            self._agents[f"end_to_end_{transport}"] = self._agent(pool, transport, False)
+
+    def _sending_path(self, transport: TransportName) -> SendingPath:
+        links = LocalFirst(config_of(self._chunk_nbytes, transport, is_bare=True))
+        self._links.append(links)
+        self._pipe.send(links.beacon)
+        path = SendingPath(links.dial(self._pipe.recv(), lambda reason: None), self._chunk_nbytes)
+        path.link.connect()
+        return path
 
     def time_of(self, path: str) -> float:
+        if path == "memcpy":
+            return time_of(self._copy)
         if path in self._agents:
             return self._loop.run(self._time_of_transfer(path))
         self._pipe.send((path, self._num_chunks))
         started_at = time.perf_counter()
         self._paths[path].move(self._num_chunks)
-        self._expect_arrival()
-        return time.perf_counter() - started_at
+        return self._arrival() - started_at
+
+    def _copy(self) -> None:
+        """As many bytes, by one thread, between as many buffers."""
+        for index in range(self._num_chunks):
+            self._slots[DEPTH + index % DEPTH].copy_(self._slots[index % DEPTH])
+
+    def hidden_shares(self, transport: TransportName, runs: int) -> list[float]:
+        """1 - (ready to decode - end of prefill) / time of the transfer alone. Both processes read one clock."""
+        path = f"end_to_end_{transport}"
+        shares = []
+        for _ in range(runs):
+            alone_s = self._loop.run(self._time_of_transfer(path))
+            compute_s = COMPUTE_SHARE * alone_s / NUM_PREFILL_CHUNKS
+            exposed_s = self._loop.run(self._time_of_transfer(path, NUM_PREFILL_CHUNKS, compute_s))
+            shares.append(1 - exposed_s / alone_s)
+        return shares
 
     def stage_seconds(self, runs: int) -> dict[str, float]:
         """Of one chunk: what the source does measured here, what the destination does measured there."""
@@ -156,39 +223,50 @@ class Source:
         self._pipe.send("close")
         for _, agent, _ in self._agents.values():
             self._loop.run(agent.close())
-        self._link.link.close()
-        self._transport.close()
+        for path in self._paths.values():
+            if isinstance(path, SendingPath):
+                path.link.close()
+        for links in self._links:
+            links.close()
         self._loop.close()
 
-    async def _time_of_transfer(self, path: str) -> float:
-        """From the offer to the acknowledgement that every block is verified and written."""
+    async def _time_of_transfer(self, path: str, num_parts: int = 1, compute_s: float = 0.0) -> float:
+        """From the last block's being computed to all of them lying verified in the other's pool. Where nothing is
+        computed meanwhile, that is from the offer on."""
         destination, agent, ends = self._agents[path]
         transfer_id = secrets.token_bytes(16)
         self._pipe.send((path, transfer_id))
-        started_at = time.perf_counter()
+        computed_at = time.perf_counter()
         agent.open(transfer_id, destination, "r", 1, self._pool.num_blocks)
-        agent.send_blocks(transfer_id, 0, self._block_ids)
+        for first in range(0, self._pool.num_blocks, part := self._pool.num_blocks // num_parts):
+            if compute_s:
+                await asyncio.sleep(compute_s)
+                computed_at = time.perf_counter()
+            agent.send_blocks(transfer_id, first, self._block_ids[first : first + part])
         agent.commit(transfer_id, 0, (1,))
         async with asyncio.timeout(TIMEOUT_S):
-            end = await ends.get()
-        seconds = time.perf_counter() - started_at
+            end, _ = await ends.get()
         assert end == "closed", end
-        self._expect_arrival()
-        return seconds
+        return self._arrival() - computed_at
 
-    def _expect_arrival(self) -> None:
+    def _arrival(self) -> float:
+        """When the other process had it all."""
         assert self._pipe.poll(TIMEOUT_S), "the other process does not answer"
-        answer = self._pipe.recv()
+        answer, arrived_at = self._pipe.recv()
         assert answer == "arrived", answer
+        return float(arrived_at)
 
-    def _agent(self, store: BlockStore, is_bare: bool) -> tuple[PeerRef, TransferAgent, asyncio.Queue[str]]:
-        return self._loop.run(self._start_agent(store, is_bare))
+    def _agent(
+        self, store: BlockStore, transport: TransportName, is_bare: bool
+    ) -> tuple[PeerRef, TransferAgent, asyncio.Queue[tuple[str, float]]]:
+        return self._loop.run(self._start_agent(store, config_of(self._chunk_nbytes, transport, is_bare)))
 
-    async def _start_agent(self, store: BlockStore, is_bare: bool) -> tuple[PeerRef, TransferAgent, asyncio.Queue[str]]:
+    async def _start_agent(
+        self, store: BlockStore, config: TransferConfig
+    ) -> tuple[PeerRef, TransferAgent, asyncio.Queue[tuple[str, float]]]:
         destination: PeerRef = self._pipe.recv()
-        ends: asyncio.Queue[str] = asyncio.Queue()
+        ends: asyncio.Queue[tuple[str, float]] = asyncio.Queue()
         host = GrantingHost(self._block_ids, ends.put_nowait)
-        config = config_of(self._chunk_nbytes, is_bare)
         me, agent, _ = await start_agent(Role.PREFILL, store, host, config)
         self._pipe.send(me)
         agent.set_members(1, (me, destination))

@@ -4,12 +4,12 @@ cluster/supervisor.py."""
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable
 from dataclasses import replace
 from typing import Any
 
 from cluster.config import RayConfig
 from cluster.logs import configure_logging
+from cluster.ray_call import answer
 from decode_worker.actor import DecodeWorker
 from engine.worker import WorkerReady
 from engine.worker_config import WorkerSpec
@@ -73,10 +73,10 @@ class ActorHandle:
         return str(await asyncio.wait_for(self._actor.progress.remote(), self._config.start_timeout_s))
 
     async def load(self) -> None:
-        await _answer(self._actor.load.remote(), self._config.load_timeout_s)
+        await answer(self._actor.load.remote(), self._config.load_timeout_s)
 
     async def serve(self) -> WorkerReady:
-        ready = await _answer(self._actor.serve.remote(), self._config.start_timeout_s)
+        ready = await answer(self._actor.serve.remote(), self._config.start_timeout_s)
         assert isinstance(ready, WorkerReady)
         return ready
 
@@ -87,13 +87,3 @@ class ActorHandle:
         import ray
 
         ray.kill(self._actor, no_restart=True)
-
-
-async def _answer(call: Awaitable[Any], timeout_s: float) -> Any:
-    """An actor's own error is raised as it was there; Ray's wrapping of it would read as a remote traceback."""
-    from ray.exceptions import RayTaskError
-
-    try:
-        return await asyncio.wait_for(call, timeout_s)
-    except RayTaskError as error:
-        raise error.cause from error

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import grpc
@@ -35,26 +36,33 @@ from cluster.client_types import (
     Status,
     WorkerLoad,
 )
+from cluster.doors import Doors, addresses_of
 from cluster.generation import Generation
 from protos import inference_pb2 as pb
 from protos import inference_pb2_grpc as pb_grpc
 
 
-class AsyncClient:
-    """Errors are CallFailed. Belongs to the event loop that it was made on."""
+@dataclass(frozen=True, slots=True, eq=False)
+class _Door:
+    address: str
+    channel: grpc.aio.Channel
+    inference: pb_grpc.InferenceStub
+    cluster: pb_grpc.ClusterStub
 
-    def __init__(self, address: str, retry: RetryPolicy = DEFAULT_RETRY, access: Access = OPEN) -> None:
-        self.address = address
+
+class AsyncClient:
+    """Errors are CallFailed. Belongs to the event loop that it was made on. Several addresses: as Client."""
+
+    def __init__(self, address: str | Sequence[str], retry: RetryPolicy = DEFAULT_RETRY, access: Access = OPEN) -> None:
         self._retry = retry
         self._metadata = messages.metadata_of(access)
         credentials = messages.credentials_of(access)
-        self._channel = (
-            grpc.aio.insecure_channel(address, messages.CHANNEL_OPTIONS)
-            if credentials is None
-            else grpc.aio.secure_channel(address, credentials, messages.CHANNEL_OPTIONS)
-        )
-        self._inference = pb_grpc.InferenceStub(self._channel)
-        self._cluster = pb_grpc.ClusterStub(self._channel)
+        self._doors = Doors([_open_door(one, credentials) for one in addresses_of(address)])
+
+    @property
+    def address(self) -> str:
+        """Where it calls now."""
+        return self._doors.current.address
 
     async def __aenter__(self) -> AsyncClient:
         return self
@@ -63,7 +71,8 @@ class AsyncClient:
         await self.close()
 
     async def close(self) -> None:
-        await self._channel.close()
+        for door in self._doors.all:
+            await door.channel.close()
 
     # --- generation -----------------------------------------------------------------------------------------------
 
@@ -99,17 +108,28 @@ class AsyncClient:
         return sorted(found, key=lambda completion: completion.choice_index)
 
     async def abort(self, request_id: str) -> bool:
-        return await self._ask(self._inference.Abort, pb.AbortRequest(request_id=request_id), was_found)
+        failures: list[CallFailed] = []
+        for door in self._doors.all:
+            try:
+                if await self._ask_at(door.inference.Abort, pb.AbortRequest(request_id=request_id), was_found):
+                    return True
+            except CallFailed as failure:
+                failures.append(failure)
+        if failures:
+            raise failures[0]
+        return False
 
     async def _read(self, generation: Generation, deadline_at: float) -> AsyncGenerator[Chunk]:
         request = messages.request_of(generation.call())
-        timeout_s = max(0.0, deadline_at - time.monotonic())
-        call = self._inference.Generate(request, timeout=timeout_s, metadata=self._metadata)
+        timeout_s, door = max(0.0, deadline_at - time.monotonic()), self._doors.current
+        call = door.inference.Generate(request, timeout=timeout_s, metadata=self._metadata)
         try:
             async for response in call:
                 yield generation.take(messages.chunk_of(response))
         except grpc.RpcError as error:
-            raise messages.failure_of(error) from error
+            failure = messages.failure_of(error)
+            self._doors.leaves(door, failure)
+            raise failure from error
         finally:
             call.cancel()
         if not generation.is_done:
@@ -119,22 +139,47 @@ class AsyncClient:
 
     async def explain_route(self, prompt: Prompt, sampling: Sampling = DEFAULT_SAMPLING) -> Route:
         request = messages.request_of(make_call(prompt, sampling))
-        return await self._ask(self._inference.ExplainRoute, request, messages.route_of)
+        return await self._ask(lambda door: door.inference.ExplainRoute, request, messages.route_of)
 
     async def status(self) -> Status:
-        return await self._ask(self._cluster.GetStatus, pb.GetStatusRequest(), messages.status_of)
+        return await self._ask(lambda door: door.cluster.GetStatus, pb.GetStatusRequest(), messages.status_of)
 
     async def loads(self) -> tuple[WorkerLoad, ...]:
-        return await self._ask(self._inference.GetLoads, pb.GetLoadsRequest(), messages.loads_of)
+        return await self._ask(lambda door: door.inference.GetLoads, pb.GetLoadsRequest(), messages.loads_of)
 
     async def model_info(self) -> ModelInfo:
-        return await self._ask(self._inference.GetModelInfo, pb.GetModelInfoRequest(), messages.model_info_of)
+        return await self._ask(
+            lambda door: door.inference.GetModelInfo, pb.GetModelInfoRequest(), messages.model_info_of
+        )
 
     async def server_info(self) -> ServerInfo:
-        return await self._ask(self._inference.GetServerInfo, pb.GetServerInfoRequest(), messages.server_info_of)
+        return await self._ask(
+            lambda door: door.inference.GetServerInfo, pb.GetServerInfoRequest(), messages.server_info_of
+        )
 
-    async def _ask(self, method: Any, request: object, read: Callable[[Any], T]) -> T:
+    async def _ask(self, method_of: Callable[[_Door], Any], request: object, read: Callable[[Any], T]) -> T:
+        lost: list[CallFailed] = []
+        while len(lost) < len(self._doors.all):
+            door = self._doors.current
+            try:
+                return await self._ask_at(method_of(door), request, read)
+            except CallFailed as failure:
+                if not self._doors.leaves(door, failure):
+                    raise
+                lost.append(failure)
+        raise lost[-1]
+
+    async def _ask_at(self, method: Any, request: object, read: Callable[[Any], T]) -> T:
         try:
             return read(await method(request, timeout=ANSWER_TIMEOUT_S, metadata=self._metadata))
         except grpc.RpcError as error:
             raise messages.failure_of(error) from error
+
+
+def _open_door(address: str, credentials: grpc.ChannelCredentials | None) -> _Door:
+    channel = (
+        grpc.aio.insecure_channel(address, messages.CHANNEL_OPTIONS)
+        if credentials is None
+        else grpc.aio.secure_channel(address, credentials, messages.CHANNEL_OPTIONS)
+    )
+    return _Door(address, channel, pb_grpc.InferenceStub(channel), pb_grpc.ClusterStub(channel))

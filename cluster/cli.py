@@ -18,8 +18,9 @@ from rich.console import Console
 from bench.load.command import bench_app
 from cluster import show
 from cluster.client import Client
-from cluster.client_types import Access, CallFailed, Message, Prompt, Sampling
+from cluster.client_types import Access, CallFailed, Message, Prompt, Sampling, Status
 from cluster.config import load_config
+from cluster.doors import addresses_of
 from cluster.fit import fit
 from cluster.run_state import is_alive, running_servers
 from cluster.tenants import hash_of
@@ -44,7 +45,10 @@ Token = Annotated[str | None, typer.Option(envvar="TWINRING_TOKEN", help="A tena
 Ca = Annotated[
     str | None, typer.Option(envvar="TWINRING_CA", help="PEM file to trust: the server has TLS.", show_envvar=True)
 ]
-Address = Annotated[str | None, typer.Option(help="host:port of a server; default: the one running on this machine.")]
+Address = Annotated[
+    str | None,
+    typer.Option(help="host:port of a router, or several with commas between; default: those running on this machine."),
+]
 
 
 def fail(message: str) -> typer.Exit:
@@ -72,6 +76,7 @@ def serve(
     model: Annotated[str | None, typer.Option(help="Folder, or Hugging Face id. Default: the demo model.")] = None,
     prefill: Annotated[int | None, typer.Option(help="Number of prefill workers.")] = None,
     decode: Annotated[int | None, typer.Option(help="Number of decode workers.")] = None,
+    routers: Annotated[int | None, typer.Option(help="Number of routers, each with ports of its own.")] = None,
     mode: Annotated[str | None, typer.Option(help="disaggregated or colocated.")] = None,
     listen: Annotated[str | None, typer.Option(help="host:port for gRPC; port 0 takes a free one.")] = None,
     http: Annotated[str | None, typer.Option(help="host:port for the OpenAI API and /ui; empty turns it off.")] = None,
@@ -85,16 +90,18 @@ def serve(
     """Start a cluster and serve until Ctrl-C."""
     from cluster.logs import configure_logging
 
-    overrides = {
+    flags = {
         "engine.model": model,
         "num_prefill": prefill,
         "num_decode": decode,
+        "num_routers": routers,
         "router.mode": mode,
         "router.listen": listen,
         "router.http_listen": http,
         "ray.address": address,
-        **dict(parse_setting(setting) for setting in set_ or []),
     }
+    given = {name: value for name, value in flags.items() if value is not None}
+    overrides = {**given, **dict(parse_setting(setting) for setting in set_ or [])}
     configure_logging(log_level)
     try:
         settings = load_config(config, overrides)
@@ -177,22 +184,24 @@ def status(
     ca: Ca = None,
     json: Annotated[bool, typer.Option("--json")] = False,
 ) -> None:
-    """Show workers, their blocks, and what happened lately."""
-    with client_of(address, token, ca) as client:
-        try:
-            answer = client.status()
-        except CallFailed as error:
-            raise fail(f"{client.address}: {error}") from error
+    """Show routers, workers, their blocks, and what happened lately; as JSON, one line for each router."""
+    answers: dict[str, Status] = {}
+    for one in routers_at(address):
+        with client_of(one, token, ca) as client:
+            try:
+                answers[one] = client.status()
+            except CallFailed as error:
+                fail(f"{one}: {error}")
+    if not answers:
+        raise typer.Exit(1)
     if json:
-        print(json_format.dumps(asdict(answer)))
+        for answer in answers.values():
+            print(json_format.dumps(asdict(answer)))
         return
     out = Console()
-    out.print(f"{client.address}: {answer.message}; {answer.mode}, model {answer.model}, version {answer.version}")
-    out.print(
-        f"{answer.num_requests_in_flight} requests in flight, {answer.num_requests_finished} finished, "
-        f"{answer.num_failovers} failovers"
-    )
-    for table in show.status_tables(answer):
+    for one, answer in answers.items():
+        out.print(show.router_lines(one, answer), markup=False, highlight=False)
+    for table in show.status_tables(next(iter(answers.values()))):
         out.print(table)
 
 
@@ -211,7 +220,7 @@ def stop() -> None:
             raise fail(f"process {alive[0].pid} did not stop within {timeout_s:g} s")
         time.sleep(0.1)
     for server in servers:
-        console.print(f"stopped {server.address}", highlight=False)
+        console.print(f"stopped {' and '.join(server.addresses)}", highlight=False)
 
 
 @app.command()
@@ -228,17 +237,25 @@ def token(
 
 
 def client_of(address: str | None, token: str | None, ca: str | None) -> Client:
-    if address is None:
-        servers = running_servers()
-        if not servers:
-            raise fail("no server is running on this machine; start one with `twinring serve`, or give --address")
-        address = servers[-1].address
     try:
-        return Client(address, access=Access(token, ca))
+        return Client(routers_at(address), access=Access(token, ca))
     except OSError as error:
         raise fail(f"--ca {ca}: {error}") from error
     except ValueError as error:
         raise fail(f"--token: {error}") from error
+
+
+def routers_at(address: str | None) -> tuple[str, ...]:
+    """None: of the server that was started last on this machine."""
+    if address is not None:
+        try:
+            return addresses_of(address)
+        except ValueError as error:
+            raise fail(f"--address: {error}") from error
+    servers = running_servers()
+    if not servers:
+        raise fail("no server is running on this machine; start one with `twinring serve`, or give --address")
+    return servers[-1].addresses
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""The synchronous client: plain values in, plain values out, over one channel to one front door. What is sent again
+"""The synchronous client: plain values in, plain values out, over one channel to each front door. What is sent again
 after a failure, and when, is generation.py's affair."""
 
 from __future__ import annotations
@@ -7,8 +7,8 @@ import random
 import secrets
 import time
 import uuid
-from collections.abc import Callable, Generator
-from dataclasses import replace
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import grpc
@@ -29,6 +29,7 @@ from cluster.client_types import (
     Status,
     WorkerLoad,
 )
+from cluster.doors import Doors, addresses_of
 from cluster.generation import Generation
 from protos import inference_pb2 as pb
 from protos import inference_pb2_grpc as pb_grpc
@@ -42,21 +43,30 @@ DEFAULT_RETRY = RetryPolicy()
 OPEN = Access()
 
 
-class Client:
-    """Errors are CallFailed, with the server's status and message. May be shared by threads."""
+@dataclass(frozen=True, slots=True, eq=False)
+class _Door:
+    address: str
+    channel: grpc.Channel
+    inference: pb_grpc.InferenceStub
+    cluster: pb_grpc.ClusterStub
 
-    def __init__(self, address: str, retry: RetryPolicy = DEFAULT_RETRY, access: Access = OPEN) -> None:
-        self.address = address
+
+class Client:
+    """Errors are CallFailed, with the server's status and message. May be shared by threads.
+
+    With the addresses of several routers of one cluster it calls at the first, and at the next one when that one cannot
+    be reached or takes nothing more."""
+
+    def __init__(self, address: str | Sequence[str], retry: RetryPolicy = DEFAULT_RETRY, access: Access = OPEN) -> None:
         self._retry = retry
         self._metadata = messages.metadata_of(access)
         credentials = messages.credentials_of(access)
-        self._channel = (
-            grpc.insecure_channel(address, messages.CHANNEL_OPTIONS)
-            if credentials is None
-            else grpc.secure_channel(address, credentials, messages.CHANNEL_OPTIONS)
-        )
-        self._inference = pb_grpc.InferenceStub(self._channel)
-        self._cluster = pb_grpc.ClusterStub(self._channel)
+        self._doors = Doors([_open_door(one, credentials) for one in addresses_of(address)])
+
+    @property
+    def address(self) -> str:
+        """Where it calls now."""
+        return self._doors.current.address
 
     def __enter__(self) -> Client:
         return self
@@ -65,7 +75,8 @@ class Client:
         self.close()
 
     def close(self) -> None:
-        self._channel.close()
+        for door in self._doors.all:
+            door.channel.close()
 
     # --- generation -----------------------------------------------------------------------------------------------
 
@@ -80,7 +91,8 @@ class Client:
     ) -> Generator[Chunk]:
         """Chunks as they come; each choice's last one has its completion. Closing the iterator ends the request.
 
-        A lost connection is made again and the output goes on behind the last token, within timeout_s in all."""
+        A lost connection is made again, or made to another router, and the output goes on behind the last token, within
+        timeout_s in all."""
         call = make_call(prompt, sampling, request_id, priority)
         generation, deadline_at = Generation(call, self._retry, random.random), time.monotonic() + timeout_s
         while not generation.is_done:
@@ -100,18 +112,30 @@ class Client:
         return sorted(found, key=lambda completion: completion.choice_index)
 
     def abort(self, request_id: str) -> bool:
-        """Ends a request in flight, which then finishes with FinishReason.ABORT; False: there is none of that id."""
-        return self._ask(self._inference.Abort, pb.AbortRequest(request_id=request_id), was_found)
+        """Ends a request in flight, which then finishes with FinishReason.ABORT. False: no router has one of that
+        id."""
+        failures: list[CallFailed] = []
+        for door in self._doors.all:
+            try:
+                if self._ask_at(door.inference.Abort, pb.AbortRequest(request_id=request_id), was_found):
+                    return True
+            except CallFailed as failure:
+                failures.append(failure)
+        if failures:
+            raise failures[0]
+        return False
 
     def _read(self, generation: Generation, deadline_at: float) -> Generator[Chunk]:
         request = messages.request_of(generation.call())
-        timeout_s = max(0.0, deadline_at - time.monotonic())
-        call = self._inference.Generate(request, timeout=timeout_s, metadata=self._metadata)
+        timeout_s, door = max(0.0, deadline_at - time.monotonic()), self._doors.current
+        call = door.inference.Generate(request, timeout=timeout_s, metadata=self._metadata)
         try:
             for response in call:
                 yield generation.take(messages.chunk_of(response))
         except grpc.RpcError as error:
-            raise messages.failure_of(error) from error
+            failure = messages.failure_of(error)
+            self._doors.leaves(door, failure)
+            raise failure from error
         finally:
             call.cancel()  # the user has closed the iterator; after an end it changes nothing
         if not generation.is_done:
@@ -122,25 +146,47 @@ class Client:
     def explain_route(self, prompt: Prompt, sampling: Sampling = DEFAULT_SAMPLING) -> Route:
         """Where the request would go now, and why; runs nothing."""
         request = messages.request_of(make_call(prompt, sampling))
-        return self._ask(self._inference.ExplainRoute, request, messages.route_of)
+        return self._ask(lambda door: door.inference.ExplainRoute, request, messages.route_of)
 
     def status(self) -> Status:
-        return self._ask(self._cluster.GetStatus, pb.GetStatusRequest(), messages.status_of)
+        return self._ask(lambda door: door.cluster.GetStatus, pb.GetStatusRequest(), messages.status_of)
 
     def loads(self) -> tuple[WorkerLoad, ...]:
-        return self._ask(self._inference.GetLoads, pb.GetLoadsRequest(), messages.loads_of)
+        return self._ask(lambda door: door.inference.GetLoads, pb.GetLoadsRequest(), messages.loads_of)
 
     def model_info(self) -> ModelInfo:
-        return self._ask(self._inference.GetModelInfo, pb.GetModelInfoRequest(), messages.model_info_of)
+        return self._ask(lambda door: door.inference.GetModelInfo, pb.GetModelInfoRequest(), messages.model_info_of)
 
     def server_info(self) -> ServerInfo:
-        return self._ask(self._inference.GetServerInfo, pb.GetServerInfoRequest(), messages.server_info_of)
+        return self._ask(lambda door: door.inference.GetServerInfo, pb.GetServerInfoRequest(), messages.server_info_of)
 
-    def _ask(self, method: Any, request: object, read: Callable[[Any], T]) -> T:
+    def _ask(self, method_of: Callable[[_Door], Any], request: object, read: Callable[[Any], T]) -> T:
+        """At each door in turn, until one answers."""
+        lost: list[CallFailed] = []
+        while len(lost) < len(self._doors.all):
+            door = self._doors.current
+            try:
+                return self._ask_at(method_of(door), request, read)
+            except CallFailed as failure:
+                if not self._doors.leaves(door, failure):
+                    raise
+                lost.append(failure)
+        raise lost[-1]
+
+    def _ask_at(self, method: Any, request: object, read: Callable[[Any], T]) -> T:
         try:
             return read(method(request, timeout=ANSWER_TIMEOUT_S, metadata=self._metadata))
         except grpc.RpcError as error:
             raise messages.failure_of(error) from error
+
+
+def _open_door(address: str, credentials: grpc.ChannelCredentials | None) -> _Door:
+    channel = (
+        grpc.insecure_channel(address, messages.CHANNEL_OPTIONS)
+        if credentials is None
+        else grpc.secure_channel(address, credentials, messages.CHANNEL_OPTIONS)
+    )
+    return _Door(address, channel, pb_grpc.InferenceStub(channel), pb_grpc.ClusterStub(channel))
 
 
 def was_found(answer: pb.AbortResponse) -> bool:

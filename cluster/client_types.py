@@ -105,6 +105,11 @@ class Placement:
     ttft_s: float = 0.0
     tpot_s: float = 0.0
     e2e_s: float = 0.0
+    predicted_pulled_tokens: int = 0
+    pulled_tokens: int = 0  # whose KV came from another worker
+    failed_pulls: int = 0  # refused, lost or late
+    moves: int = 0  # from one of the router's queues to another
+    queued_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,9 +188,10 @@ class Status:
     num_requests_in_flight: int
     num_requests_finished: int
     num_failovers: int
-    membership_version: int
+    view_version: int  # of the view that all routers share; 0: this router lacks a member of it
     workers: tuple[WorkerLoad, ...]
     events: tuple[ClusterEvent, ...]
+    router_id: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -225,6 +231,8 @@ class RouteCandidate:
     ttft_estimate_s: float
     num_free_blocks: int
     is_home: bool
+    num_pulled_tokens: int
+    num_queued: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -238,3 +246,4 @@ class Route:
     decode_candidates: tuple[RouteCandidate, ...]
     decode_worker: str
     decode_reason: str
+    view_version: int  # as Status has it: equal ones name equal homes

@@ -14,13 +14,13 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from cluster.tenants import FILE_VARIABLE, TOKENS_VARIABLE, parse_tokens, read_tenants_file
-from engine.config import PullConfig
 from engine.worker_config import EngineConfig, LeaseConfig
 from kvtransfer.config import TransferConfig
 from protos.types import Role
 from router.config import RouterConfig
 from router.tenants import TenantConfig
 
+NUM_STEP_BUDGETS = 2  # of tokens that are sent to a worker ahead of its work: one step computes, one is ready
 DEMO_MODEL = str(Path(__file__).parent / "demo_model")
 
 # Settings that router and workers share: set once, under `engine` or `lease`.
@@ -58,6 +58,7 @@ class RayConfig:
 class ServeConfig:
     num_prefill: int = 1  # workers of this role; in mode colocated both counts are added up
     num_decode: int = 1  # workers of this role
+    num_routers: int = 1  # each takes requests for all workers, on ports of its own; above 1, in processes of their own
     replace_dead_workers: bool = True  # with a new incarnation of the same name
     tenants_file: str | None = (
         None  # YAML file with who may call; None: TWINRING_TENANTS_FILE or TWINRING_TOKENS, if set
@@ -75,6 +76,8 @@ class ServeConfig:
     def __post_init__(self) -> None:
         if self.num_prefill < 1:
             raise ValueError(f"num_prefill must be at least 1, not {self.num_prefill}")
+        if self.num_routers < 1:
+            raise ValueError(f"num_routers must be at least 1, not {self.num_routers}")
         if self.num_decode < 0:
             raise ValueError(f"num_decode must not be negative, not {self.num_decode}")
         if not 0 <= self.worker_port <= 65535:
@@ -89,28 +92,15 @@ class ServeConfig:
             ours, theirs = getattr(self.router, name), getattr(getattr(self, section), name)
             if ours != theirs:
                 raise ValueError(f"router.{name} is {ours}, {section}.{name} is {theirs}: set {section}.{name} only")
-        _refuse_half_set_pulls(self.engine.pulls, self.router)
-
-
-def _refuse_half_set_pulls(pulls: PullConfig | None, router: RouterConfig) -> None:
-    """What the router counts on and tells workers to do, they must do, and the other way round."""
-    if router.pull_s_per_token and pulls is None:
-        raise ValueError(
-            f"router.pull_s_per_token is {router.pull_s_per_token}, but no worker pulls: set engine.pulls.s_per_token"
-        )
-    max_returns = pulls.max_returns if pulls else 0
-    returns = router.returns or (pulls is not None and pulls.returns_answers)
-    if returns != (max_returns > 0):
-        raise ValueError(
-            f"engine.pulls.max_returns is {max_returns}: it must be above 0 with router.returns or "
-            "engine.pulls.returns_answers, and 0 without"
-        )
-    if pulls is not None and not (router.pull_s_per_token or returns):
-        raise ValueError("engine.pulls is set, but router.pull_s_per_token is 0: nobody would be told where to pull")
+        pulls = self.engine.pulls
+        if self.router.pull_s_per_token and pulls is None:
+            raise ValueError(f"router.pull_s_per_token is {self.router.pull_s_per_token}, but engine.pulls is null")
+        if self.router.returns and not (pulls and pulls.max_returns):
+            raise ValueError("router.returns is on, but no worker takes any: set engine.pulls.max_returns above 0")
 
 
 def load_config(path: str | None = None, overrides: Mapping[str, Any] | None = None) -> ServeConfig:
-    """The file's settings, then `overrides` (dotted names, e.g. "engine.model"; None is skipped), then defaults.
+    """The file's settings, then `overrides` (dotted names, e.g. "engine.model"), then defaults.
 
     ValueError names the setting and the value that is wrong."""
     tree: dict[str, Any] = {}
@@ -123,27 +113,33 @@ def load_config(path: str | None = None, overrides: Mapping[str, Any] | None = N
             raise ValueError(f"config {path}: expected a mapping, got {type(tree).__name__}")
         tree = {name: value for name, value in tree.items() if value is not None}  # as if it were not there
     for name, value in (overrides or {}).items():
-        if value is not None:
-            _set(tree, name.split("."), value)
+        _set(tree, name.split("."), value)
     _refuse_unknown(tree, ServeConfig, "")
     tree.setdefault("engine", {}).setdefault("model", DEMO_MODEL)
     if "RAY_ADDRESS" in os.environ:
         tree.setdefault("ray", {}).setdefault("address", os.environ["RAY_ADDRESS"])
-    pulls = tree.get("engine", {}).get("pulls") or {}
-    if "s_per_token" in pulls:
-        tree.setdefault("router", {}).setdefault("pull_s_per_token", pulls["s_per_token"])
-    tree.setdefault("router", {})["tenants"] = _tenants(tree.get("tenants_file"))
+    router = tree.setdefault("router", {})
+    router["tenants"] = _tenants(tree.get("tenants_file"))
+    is_credit_set = router.get("dispatch_tokens") is not None
+    if not is_credit_set:
+        router.pop("dispatch_tokens", None)
     for name, section in SHARED_SETTINGS.items():
         if name in tree.get(section, {}):
-            tree.setdefault("router", {}).setdefault(name, tree[section][name])
+            router.setdefault(name, tree[section][name])
     try:
-        return TypeAdapter(ServeConfig).validate_python(tree)
+        config = TypeAdapter(ServeConfig).validate_python(tree)
     except ValidationError as error:
         problems = (
             f"{'.'.join(map(str, problem['loc'])) or 'config'}: {problem['msg']} (got {problem['input']!r})"
             for problem in error.errors()
         )
         raise ValueError("; ".join(problems)) from error
+    return config if is_credit_set else _with_credit(config)
+
+
+def _with_credit(config: ServeConfig) -> ServeConfig:
+    num_tokens = NUM_STEP_BUDGETS * config.engine.max_num_batched_tokens
+    return dataclasses.replace(config, router=dataclasses.replace(config.router, dispatch_tokens=num_tokens))
 
 
 def _tenants(path: object) -> tuple[TenantConfig, ...]:
@@ -159,7 +155,9 @@ def _tenants(path: object) -> tuple[TenantConfig, ...]:
 
 def _set(tree: dict[str, Any], path: list[str], value: Any) -> None:
     for part in path[:-1]:
-        tree = tree.setdefault(part, {})
+        if tree.get(part) is None:
+            tree[part] = {}
+        tree = tree[part]
     tree[path[-1]] = value
 
 

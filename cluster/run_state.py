@@ -11,13 +11,26 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from pydantic import TypeAdapter, ValidationError
+
 
 @dataclass(frozen=True, slots=True)
 class RunState:
     pid: int
-    address: str  # gRPC
-    http_address: str = ""  # empty: off
-    drain_timeout_s: float = 0.0  # how long it may take to stop because requests run
+    addresses: tuple[str, ...]  # gRPC, of each router
+    http_addresses: tuple[str, ...]  # none: off
+    drain_timeout_s: float  # how long it may take to stop because requests run
+
+    @property
+    def address(self) -> str:
+        return self.addresses[0]
+
+    @property
+    def http_address(self) -> str:
+        return self.http_addresses[0] if self.http_addresses else ""
+
+
+READ_STATE = TypeAdapter(RunState)
 
 
 def state_dir() -> Path:
@@ -45,8 +58,9 @@ def running_servers() -> list[RunState]:
     """Servers whose process is alive, oldest first; files of dead ones are removed."""
     found = []
     for path in state_dir().glob("*.json"):
-        with contextlib.suppress(FileNotFoundError):  # a server that ends meanwhile takes its file along
-            state = RunState(**json.loads(path.read_text()))
+        # A server that ends meanwhile takes its file along; another version may write another file.
+        with contextlib.suppress(FileNotFoundError, ValidationError):
+            state = READ_STATE.validate_json(path.read_text())
             if is_alive(state.pid):
                 found.append((path.stat().st_mtime, state))
             else:

@@ -1,5 +1,5 @@
-"""The composition root of a serving process: router in this process, workers as Ray actors, one way in and one way
-out."""
+"""The composition root of a serving process: its one router in this process, or several as Ray actors; workers as Ray
+actors; one way in and one way out."""
 
 from __future__ import annotations
 
@@ -14,23 +14,26 @@ import socket
 import sys
 from collections.abc import Callable, Coroutine
 from types import FrameType
-from typing import Any
+from typing import Any, TypeVar
 
 from transformers import AutoTokenizer
 
 from cluster.config import ServeConfig
 from cluster.model_folder import model_folder, model_name
 from cluster.ray_cluster import ray_cluster
+from cluster.router_handle import LocalRouter, RayRouter, RouterAddress
+from cluster.routers import Routers, router_configs
 from cluster.run_state import RunState, announced
 from cluster.supervisor import Progress, Supervisor, worker_slots
 from engine.model_loader import ModelFacts, read_model_facts
 from engine.paged_kv_cache import num_blocks_for
 from protos.types import Role
 from router.served_model import ServedModel
-from router.server import RouterServer
 from router.tls import read_key_and_chain
 
 logger = logging.getLogger("twinring.cluster")
+
+T = TypeVar("T")
 
 LINK_TIMEOUT_S = 30.0
 RAY_CHECK_INTERVAL_S = 1.0
@@ -45,8 +48,9 @@ def run(config: ServeConfig, on_progress: Progress, log_level: str) -> None:
 
     Ray comes first: it forks, which a process with gRPC threads must not do."""
     facts = read_model_facts(model_folder(config.engine.model, config.hub_cache)).as_run_by(config.engine)
-    for listen in (config.router.listen, config.router.http_listen):
-        _require_free(listen)
+    for router in router_configs(config.router, config.num_routers):
+        _require_free(router.listen)
+        _require_free(router.http_listen)
     read_key_and_chain(config.router)  # what is wrong with it should be known now, not once the model is loaded
     signal.signal(signal.SIGTERM, _exit)  # until the event loop has handlers of its own
     on_progress("ray", "starting" if config.ray.address is None else f"joining {config.ray.address}")
@@ -63,20 +67,22 @@ async def _serve(
     for number in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(number, lambda: (stop_now if stop.is_set() else stop).set())
     hash_key = secrets.token_bytes(32)
-    router = RouterServer(
-        config.router,
-        served_model(config, facts, hash_key),
+    served = served_model(config, facts, hash_key)
+    routers = Routers(
+        router_configs(config.router, config.num_routers),
+        LocalRouter.made_for(served) if config.num_routers == 1 else RayRouter.made_for(served, log_level),
         lambda ref, reason: supervisor.on_worker_lost(ref, reason),
+        on_progress,
     )
-    supervisor = Supervisor(with_folder(config, facts), hash_key, router, on_progress, log_level)
-    address = _with_port(config.router.listen, await router.start())
+    supervisor = Supervisor(with_folder(config, facts), hash_key, routers, on_progress, log_level)
     try:
-        await _until_ready(config, router, supervisor, stop, on_progress)
-        http_address = _with_port(config.router.http_listen, router.http_port) if router.http_port else ""
-        with announced(RunState(os.getpid(), address, http_address, config.drain_timeout_s)):
-            on_progress("router", f"ready on {address}; {kv_estimate(config, facts)}")
-            if http_address:
-                on_progress("http", f"{'http' if config.router.tls_cert is None else 'https'}://{http_address}/v1, /ui")
+        addresses = await _until_ready(config, routers, supervisor, stop, on_progress)
+        grpc, http = [one.grpc for one in addresses], [one.http for one in addresses if one.http]
+        with announced(RunState(os.getpid(), tuple(grpc), tuple(http), config.drain_timeout_s)):
+            on_progress("router", f"ready on {' and '.join(grpc)}; {kv_estimate(config, facts)}")
+            if http:
+                scheme = "http" if config.router.tls_cert is None else "https"
+                on_progress("http", " and ".join(f"{scheme}://{one}/v1, /ui" for one in http))
             while not stop.is_set() and not has_lost_ray():  # without Ray no worker can be replaced
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(stop.wait(), RAY_CHECK_INTERVAL_S)
@@ -84,17 +90,17 @@ async def _serve(
         pass
     finally:
         on_progress("router", "stopping")
-        await _drain(router, config.drain_timeout_s, stop_now)
+        await _drain(routers, config.drain_timeout_s, stop_now)
         await supervisor.stop()
 
 
-async def _drain(router: RouterServer, timeout_s: float, stop_now: asyncio.Event) -> None:
+async def _drain(routers: Routers, timeout_s: float, stop_now: asyncio.Event) -> None:
     """Running requests go on until they end, timeout_s has passed, or a second signal comes."""
-    draining, hurried = asyncio.create_task(router.stop(timeout_s)), asyncio.create_task(stop_now.wait())
+    draining, hurried = asyncio.create_task(routers.stop(timeout_s)), asyncio.create_task(stop_now.wait())
     await asyncio.wait({draining, hurried}, return_when=asyncio.FIRST_COMPLETED)
     hurried.cancel()
     if not draining.done():
-        await router.stop(0.0)
+        await routers.stop(0.0)
     await draining
 
 
@@ -119,31 +125,28 @@ def _require_free(listen: str) -> None:
 
 
 async def _until_ready(
-    config: ServeConfig, router: RouterServer, supervisor: Supervisor, stop: asyncio.Event, on_progress: Progress
-) -> None:
+    config: ServeConfig, routers: Routers, supervisor: Supervisor, stop: asyncio.Event, on_progress: Progress
+) -> list[RouterAddress]:
     num_prefill = sum(role is Role.PREFILL for _, role in worker_slots(config))
-    router.set_expected(num_prefill, len(worker_slots(config)) - num_prefill)
+    addresses = await _unless_stopped(stop, routers.start(num_prefill, len(worker_slots(config)) - num_prefill))
     await _unless_stopped(stop, supervisor.start())
     on_progress("router", "warming links")
-    await _unless_stopped(stop, router.wait_ready(LINK_TIMEOUT_S))
+    await _unless_stopped(stop, routers.wait_ready(LINK_TIMEOUT_S))
+    return addresses
 
 
-async def _unless_stopped(stop: asyncio.Event, work: Coroutine[Any, Any, None]) -> None:
+async def _unless_stopped(stop: asyncio.Event, work: Coroutine[Any, Any, T]) -> T:
     """Run `work` to its end, or cancel it and raise Stopped where a signal comes first."""
     task, stopped = asyncio.create_task(work), asyncio.create_task(stop.wait())
     try:
         await asyncio.wait({task, stopped}, return_when=asyncio.FIRST_COMPLETED)
         if not task.done():
             raise Stopped
-        task.result()
+        return task.result()
     finally:
         stopped.cancel()
         task.cancel()
         await asyncio.gather(task, stopped, return_exceptions=True)
-
-
-def _with_port(listen: str, port: int) -> str:
-    return f"{listen.rpartition(':')[0]}:{port}"
 
 
 def served_model(config: ServeConfig, facts: ModelFacts, hash_key: bytes) -> ServedModel:

@@ -31,6 +31,7 @@ def account_line(complete: Completion) -> str:
     """What happened to one request, in one line."""
     placement = complete.placement
     moved = f"{placement.kv_bytes_moved / 1024:,.0f} KiB in {placement.transfer_s * 1e3:.1f} ms"
+    pulled = f" ({placement.pulled_tokens} pulled)" if placement.pulled_tokens else ""
     workers = (
         f"{placement.prefill_worker} -> {placement.decode_worker}"
         if placement.decode_worker and placement.decode_worker != placement.prefill_worker
@@ -39,7 +40,7 @@ def account_line(complete: Completion) -> str:
     return (
         f"{complete.completion_tokens} tokens, "
         f"TTFT {placement.ttft_s * 1e3:.1f} ms, TPOT {placement.tpot_s * 1e3:.2f} ms, "
-        f"cached {complete.cached_tokens}/{complete.prompt_tokens}, {mode_of(placement)}, "
+        f"cached {complete.cached_tokens}/{complete.prompt_tokens}{pulled}, {mode_of(placement)}, "
         f"{workers}, KV moved {moved}"
     )
 
@@ -57,18 +58,28 @@ def route_tables(route: Route) -> list[Table]:
 
 
 def _candidates(title: str, candidates: tuple[RouteCandidate, ...], chosen: str) -> Table:
-    table = Table("", title, "home", "cached", "pending", "TTFT s", "free blocks")
+    table = Table("", title, "home", "cached", "pulled", "queued", "pending", "TTFT s", "free blocks")
     for one in candidates:
         table.add_row(
             "->" if one.worker_id == chosen else "",
             one.worker_id,
             "yes" if one.is_home else "",
             str(one.num_cached_tokens),
+            str(one.num_pulled_tokens),
+            str(one.num_queued),
             str(one.num_pending_tokens),
             f"{one.ttft_estimate_s:.3f}",
             str(one.num_free_blocks),
         )
     return table
+
+
+def router_lines(address: str, status: Status) -> str:
+    return (
+        f"{status.router_id} at {address}: {status.message}; {status.mode}, model {status.model}, "
+        f"version {status.version}\n{status.num_requests_in_flight} requests in flight, "
+        f"{status.num_requests_finished} finished, {status.num_failovers} failovers; view {status.view_version}"
+    )
 
 
 def status_tables(status: Status) -> list[Table]:

@@ -1,4 +1,4 @@
-"""Keeps the configured workers alive: makes each one, waits until it is loaded, shows it to the router, and puts a new
+"""Keeps the configured workers alive: makes each one, waits until it is loaded, shows it to the routers, and puts a new
 incarnation in the place of one that died. Places no request."""
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ from collections.abc import Callable
 
 from cluster.actors import PROGRESS_INTERVAL_S, ActorHandle
 from cluster.config import ServeConfig
+from cluster.routers import Routers
 from engine.worker_config import WorkerSpec
 from protos.types import PeerRef, Role
-from router.server import RouterServer
 
 logger = logging.getLogger("twinring.cluster")
 
@@ -24,14 +24,14 @@ Progress = Callable[[str, str], None]  # worker id, what it is doing
 
 
 class Supervisor:
-    """Invariant: a worker id has at most one actor at a time, and the router knows only incarnations that serve."""
+    """Invariant: a worker id has at most one actor at a time, and routers know only incarnations that serve."""
 
     def __init__(
-        self, config: ServeConfig, hash_key: bytes, router: RouterServer, on_progress: Progress, log_level: str
+        self, config: ServeConfig, hash_key: bytes, routers: Routers, on_progress: Progress, log_level: str
     ) -> None:
         self._config = config
         self._hash_key = hash_key
-        self._router = router
+        self._routers = routers
         self._on_progress = on_progress
         self._log_level = log_level
         self._actors: dict[str, ActorHandle] = {}
@@ -39,12 +39,12 @@ class Supervisor:
         self._stopping = False
 
     async def start(self) -> None:
-        """All workers loaded and known to the router. Raises what the first failing one raised (ModelLoadError, a Ray
+        """All workers loaded and known to the routers. Raises what the first failing one raised (ModelLoadError, a Ray
         error, TimeoutError)."""
         await asyncio.gather(*(self._make(worker_id, role) for worker_id, role in worker_slots(self._config)))
 
     def on_worker_lost(self, ref: PeerRef, reason: str) -> None:
-        """The router's word that an incarnation is gone; called on the event loop."""
+        """No router reaches this incarnation any more; called on the event loop."""
         actor = self._actors.get(ref.worker_id)
         if self._stopping or actor is None or actor.spec.incarnation != ref.incarnation:
             return
@@ -83,9 +83,9 @@ class Supervisor:
             ready = await actor.serve()
         finally:
             watch.cancel()
-        await self._router.add_worker(ready.ref, ready.pid)
+        await self._routers.add_worker(ready.ref, ready.pid)
         self._on_progress(worker_id, "serving")
-        self._router.note_event(f"worker {worker_id} ({spec.incarnation}) joined, pid {ready.pid}")
+        self._routers.note_event(f"worker {worker_id} ({spec.incarnation}) joined, pid {ready.pid}")
 
     async def _show_progress(self, actor: ActorHandle) -> None:
         while True:
@@ -100,7 +100,7 @@ class Supervisor:
                 await self._make(worker_id, role)
                 return
             except Exception as error:  # noqa: BLE001  (whatever it was, the pool stays short: say so and try again)
-                self._router.note_event(f"worker {worker_id} could not be replaced: {error!r:.300}")
+                self._routers.note_event(f"worker {worker_id} could not be replaced: {error!r:.300}")
                 logger.warning("replacement failed", extra={"fields": {"worker_id": worker_id, "error": repr(error)}})
             await asyncio.sleep(backoff_s)
             backoff_s = min(2 * backoff_s, MAX_BACKOFF_S)

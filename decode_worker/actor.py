@@ -7,6 +7,7 @@ from engine.worker import Worker
 from engine.worker_config import WorkerSpec
 from kvtransfer.agent import TransferAgent
 from kvtransfer.config import TransferConfig
+from kvtransfer.handshake import peer_secret
 from protos.types import Role
 
 
@@ -15,4 +16,5 @@ class DecodeWorker(Worker):
 
     def __init__(self, spec: WorkerSpec, transfer: TransferConfig) -> None:
         assert spec.role is Role.DECODE
-        super().__init__(spec, lambda me, store, host: TransferAgent(me, store, host, transfer))
+        secret = peer_secret(spec.hash_key)
+        super().__init__(spec, lambda me, store, host: TransferAgent(me, store, host, transfer, secret))

@@ -11,24 +11,20 @@ class PullConfig:
 
     Raises ValueError where a cost is negative or a limit makes no sense."""
 
-    s_per_token: float  # what the KV of a token takes to come
-    base_s: float = 0.0  # what a pull takes beside: question, answer, a link that must be made
+    s_per_token: float | None = None  # what the KV of a token takes to come; null: as each worker measures it
+    base_s: float = 0.0  # what a pull takes beside (question, answer, a link that must be made), with s_per_token
     deadline_s: float = 5.0  # a request waits no longer for all of its pulls
     max_served: int = 4  # 0: nobody pulls from here
-    max_returns: int = 0  # brought home to here at once, and as many from here; 0: none
-    returns_answers: bool = False  # a decode worker offers what it has generated to the home of the prompt
+    max_returns: int = 4  # brought home to here at once, and as many from here; 0: none
+    returns_answers: bool = True  # a decode worker offers what it has generated to the home of the prompt
 
     def __post_init__(self) -> None:
         for name in ("s_per_token", "base_s", "max_served", "max_returns"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+            value = getattr(self, name)
+            if value is not None and not value >= 0:
+                raise ValueError(f"{name} must not be negative, got {value}")
         if not self.deadline_s > 0:
             raise ValueError(f"deadline_s must be above 0, got {self.deadline_s}")
-        if self.returns_answers and not self.max_returns:
-            raise ValueError("returns_answers needs max_returns of 1 or more, got 0")
-
-    def pull_s(self, num_tokens: int) -> float:
-        return self.base_s + self.s_per_token * num_tokens
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,6 +57,7 @@ class SchedulerConfig:
     enable_prefix_caching: bool = True
     pulls: PullConfig | None = None  # None: no prefix is fetched from or for another worker
     host: HostTierConfig | None = None  # None: what the device evicts is gone
+    kv_nbytes_per_token: int = 0  # by which pulls are reckoned before one has been measured
 
     def __post_init__(self) -> None:
         for name in ("max_model_len", "max_num_batched_tokens", "max_num_seqs", "block_size", "hash_block_size"):

@@ -55,6 +55,7 @@ class HostLoads:
         self._loads: dict[bytes, _Load] = {}
         self._load_by_hash: dict[bytes, _Load] = {}  # of every block that is under way
         self._waiting: dict[Request, _Load] = {}
+        self.num_loaded_tokens = 0
 
     def __contains__(self, request: Request) -> bool:
         return request in self._waiting
@@ -98,6 +99,7 @@ class HostLoads:
         """Those that waited; they may lack more."""
         load = self._loads[copy_id]
         self._manager.cache_leased(copy_id, load.block_hashes)
+        self.num_loaded_tokens += load.num_blocks * self._block_size
         return self._end(copy_id)
 
     def lost(self, copy_id: bytes) -> list[Request]:

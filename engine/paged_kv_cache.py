@@ -11,11 +11,11 @@ import torch
 from protos.types import KVLayout
 
 
-def num_blocks_for(memory_bytes: int, layout: KVLayout) -> int:
-    """How many KV blocks fit into memory_bytes; ValueError where not one does."""
+def num_blocks_for(memory_bytes: int, layout: KVLayout, setting: str = "kv_cache_bytes") -> int:
+    """How many KV blocks fit into memory_bytes; ValueError, which names the setting, where not one does."""
     num_blocks = memory_bytes // layout.block_nbytes
     if num_blocks < 1:
-        raise ValueError(f"KV memory of {memory_bytes} bytes holds no block: one takes {layout.block_nbytes} bytes")
+        raise ValueError(f"{setting} of {memory_bytes} bytes holds no block: one takes {layout.block_nbytes} bytes")
     return num_blocks
 
 
@@ -51,7 +51,7 @@ class PagedKVCache:
         self._keys, self._values = runs[0::2], runs[1::2]  # per layer: [num_slots from there, num_kv_heads, head_dim]
         self._key_rows = [keys.view(-1, layout.head_dim) for keys in self._keys]
         self._value_rows = [values.view(-1, layout.head_dim) for values in self._values]
-        self._blocks = self.tensor.view(num_blocks, -1).view(torch.int64)  # [num_blocks, block_nbytes / 8]
+        self.blocks = self.tensor.view(num_blocks, -1).view(torch.int64)  # [num_blocks, block_nbytes / 8]
 
     def write(self, layer: int, keys: torch.Tensor, values: torch.Tensor, slot_mapping: torch.Tensor) -> None:
         """Store one layer's keys and values, [num_tokens, num_kv_heads, head_dim] each, at their slots."""
@@ -66,11 +66,11 @@ class PagedKVCache:
     def gather(self, block_ids: Sequence[int], out: torch.Tensor) -> None:
         """Copy whole blocks to out, contiguous, [len(block_ids), block_numel] of the cache's dtype (or the same bytes
         under another). Safe in any thread, as long as nobody computes on these blocks."""
-        torch.index_select(self._blocks, 0, self._index(block_ids), out=out.view(torch.int64))
+        torch.index_select(self.blocks, 0, self._index(block_ids), out=out.view(torch.int64))
 
     def scatter(self, block_ids: Sequence[int], staged: torch.Tensor) -> None:
         """The inverse of gather, under the same terms: staged replaces the contents of the blocks."""
-        self._blocks.index_copy_(0, self._index(block_ids), staged.view(torch.int64))
+        self.blocks.index_copy_(0, self._index(block_ids), staged.view(torch.int64))
 
     def _index(self, block_ids: Sequence[int]) -> torch.Tensor:
         return torch.tensor(block_ids, dtype=torch.int64, device=self.tensor.device)

@@ -21,8 +21,10 @@ from engine.events import (
 )
 from engine.kv_cache_manager import KVCacheManager
 from engine.prefill_speed import PrefillSpeed
+from engine.pull_speed import PullSpeed
 from engine.request import Request, RequestStatus
 from engine.scheduler import Scheduler
+from protos.types import PullOutcome, PullStats
 
 
 @dataclass(slots=True, eq=False)
@@ -33,6 +35,7 @@ class _Pull:
     block_hashes: tuple[bytes, ...]  # of the asker's prefix, from its first block on
     first_block: int
     asker: Request | None  # None: it has left, others wait on
+    asked_at: float = 0.0
     requests: list[Request] = field(default_factory=list)  # all that wait for it, the asker among them
     written: range | None = None  # places in block_hashes that the grant lets the source write
 
@@ -48,6 +51,7 @@ class PullDestination:
         scheduler: Scheduler,
         manager: KVCacheManager,
         speed: PrefillSpeed,
+        pull_speed: PullSpeed,
         worker_id: str,
         new_pull_id: Callable[[], bytes] | None,
     ) -> None:
@@ -58,11 +62,14 @@ class PullDestination:
         self._scheduler = scheduler
         self._manager = manager
         self._speed = speed
+        self._pull_speed = pull_speed
         self._worker_id = worker_id
         self._new_pull_id = new_pull_id
         self._waiting: dict[Request, _Pull] = {}
         self._pulls: dict[bytes, _Pull] = {}
         self._pull_by_hash: dict[bytes, _Pull] = {}  # of every block that is asked for
+        self._num_by_outcome = dict.fromkeys(PullOutcome, 0)
+        self._num_tokens = 0  # that came
 
     def __contains__(self, request: Request) -> bool:
         return request in self._waiting
@@ -82,6 +89,10 @@ class PullDestination:
         """When the next request will have waited for long enough."""
         return min(map(self._deadline_of, self._waiting), default=None)
 
+    @property
+    def stats(self) -> PullStats:
+        return PullStats(tuple(sorted(self._num_by_outcome.items())), self._num_tokens)
+
     # --- requests ---------------------------------------------------------------------------------------------------
 
     def add(self, request: Request, now: float) -> list[Effect]:
@@ -90,7 +101,7 @@ class PullDestination:
             self._queue(request, now)
             return []
         hashes, num_held = self._manager.prefix(request)
-        if not self._is_worth_it(request, len(hashes) - num_held, now):
+        if not self._is_worth_it(request, num_held, len(hashes), now):
             self._queue(request, now)
             return []
         joined = self._pull_by_hash.get(hashes[num_held])
@@ -105,7 +116,7 @@ class PullDestination:
         for block_hash in hashes[num_held:]:
             self._pull_by_hash.setdefault(block_hash, pull)
         self._wait(request, pull, now)
-        return [self._ask(pull, request, home)]
+        return [self._ask(pull, request, home, now)]
 
     def end(self, request: Request, reason: str) -> list[Effect]:
         """The request ends here; others may wait on for the same pull."""
@@ -123,7 +134,12 @@ class PullDestination:
         effects: list[Effect] = []
         for request in [each for each in self._waiting if self._deadline_of(each) <= now]:
             request.num_failed_pulls += 1
-            effects += self.end(request, "late")
+            asked_at = self._waiting[request].asked_at
+            given_up = self.end(request, "late")
+            if given_up:
+                self._num_by_outcome[PullOutcome.LATE] += 1
+                self._pull_speed.note_late(now - asked_at)
+            effects += given_up
             self._queue(request, now)
         return effects
 
@@ -136,11 +152,12 @@ class PullDestination:
             return []
         home = None if pull.asker is None else self._take_home(pull.asker)
         if pull.asker is None or home is None:
-            return self._fail(pull, now)
+            return self._fail(pull, PullOutcome.REFUSED, now)
+        self._num_by_outcome[PullOutcome.REFUSED] += 1
         for request in pull.requests:
             request.num_failed_pulls += 1
         del self._pulls[pull.pull_id]
-        return [self._ask(pull, pull.asker, home)]
+        return [self._ask(pull, pull.asker, home, now)]
 
     def offered(self, event: TransferOffered, now: float) -> list[Effect]:
         """Make room in free and evictable blocks, or refuse with the numbers and compute here."""
@@ -155,7 +172,7 @@ class PullDestination:
             if isinstance(answer, GrantTransfer):
                 return [answer]
             reason = answer
-        return [RefuseTransfer(event.transfer_id, reason), *self._fail(pull, now)]
+        return [RefuseTransfer(event.transfer_id, reason), *self._fail(pull, PullOutcome.REFUSED, now)]
 
     def arrived(self, event: TransferArrived, now: float) -> list[Effect]:
         """Its blocks are what was asked for by hash, so they may be found by these hashes from now on."""
@@ -164,22 +181,31 @@ class PullDestination:
             return []  # nothing was granted that could have arrived
         self._manager.cache_leased(pull.pull_id, pull.block_hashes[: pull.written.stop])
         self._manager.release_lease(pull.pull_id)
+        num_tokens = len(pull.written) * self._block_size
+        self._num_by_outcome[PullOutcome.DONE] += 1
+        self._num_tokens += num_tokens
+        self._pull_speed.note_pull(num_tokens, event.transfer_s, now - pull.asked_at)
         for request in pull.requests:
             self._note_pulled(request, pull)
         return self._dissolve(pull, now)
 
     def lost(self, event: TransferLost, now: float) -> list[Effect]:
         self._manager.release_lease(event.transfer_id)
-        return self._fail(self._pulls[event.transfer_id], now)
+        return self._fail(self._pulls[event.transfer_id], PullOutcome.LOST, now)
 
     # --- inside -----------------------------------------------------------------------------------------------------
 
-    def _is_worth_it(self, request: Request, num_missing_blocks: int, now: float) -> bool:
-        assert self._config is not None
-        if num_missing_blocks == 0 or self._deadline_of(request, now) <= now:
+    def _is_worth_it(self, request: Request, num_held_blocks: int, num_blocks: int, now: float) -> bool:
+        """Whether blocks [num_held_blocks, num_blocks) come sooner from elsewhere than they are computed."""
+        cost = self._pull_speed.cost
+        if cost is None or num_held_blocks == num_blocks or self._deadline_of(request, now) <= now:
             return False
-        num_tokens = num_missing_blocks * self._block_size
-        return self._config.pull_s(num_tokens) < num_tokens * self._speed.s_per_token
+        pull_s = cost.pull_s((num_blocks - num_held_blocks) * self._block_size)
+        return pull_s < self._prefill_s(request, num_held_blocks) - self._prefill_s(request, num_blocks)
+
+    def _prefill_s(self, request: Request, num_held_blocks: int) -> float:
+        num_cached_tokens = num_held_blocks * self._block_size
+        return self._speed.prefill_s(request.num_tokens - num_cached_tokens, num_cached_tokens)
 
     def _deadline_of(self, request: Request, now: float = 0.0) -> float:
         """now counts for a request that begins to wait."""
@@ -195,8 +221,9 @@ class PullDestination:
                 return home
         return None
 
-    def _ask(self, pull: _Pull, asker: Request, home: str) -> RequestPull:
+    def _ask(self, pull: _Pull, asker: Request, home: str, now: float) -> RequestPull:
         assert self._new_pull_id is not None
+        pull.asked_at = now
         pull.pull_id = self._new_pull_id()
         self._pulls[pull.pull_id] = pull
         hashes = pull.block_hashes[pull.first_block :]
@@ -226,7 +253,8 @@ class PullDestination:
                 return
             request.pulled_blocks.add(place)
 
-    def _fail(self, pull: _Pull, now: float) -> list[Effect]:
+    def _fail(self, pull: _Pull, outcome: PullOutcome, now: float) -> list[Effect]:
+        self._num_by_outcome[outcome] += 1
         for request in pull.requests:
             request.num_failed_pulls += 1
         return self._dissolve(pull, now)

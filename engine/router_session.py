@@ -23,6 +23,7 @@ class RouterSession:
 
     def __init__(self, router_id: str) -> None:
         self.router_id = router_id
+        self.heard_at = 0.0  # for whoever keeps the time
         self._outputs: list[TokenOutput] = []
         self._refusals: list[HandoffRefused] = []
         self._heartbeat = 0

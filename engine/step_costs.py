@@ -11,11 +11,13 @@ class StepCosts:
     """Invariant: every step noted is in the sums of exactly one kind; no sum ever falls."""
 
     def __init__(self) -> None:
+        self.num_prefill_steps = 0  # that did nothing else
         self._sums: dict[StepKind, list[float]] = {}
 
     def note_step(self, output: SchedulerOutput, duration_s: float) -> None:
         """A step that gave each of its requests one token at most."""
         kind, x, y = _point(work_of(output.scheduled))
+        self.num_prefill_steps += kind in PREFILL_KINDS
         s = duration_s
         sums = self._sums.setdefault(kind, [0.0] * len(TERMS))
         for index, product in enumerate((1, x, y, s, x * x, x * y, x * s, y * y, y * s, s * s)):

@@ -11,13 +11,15 @@ import secrets
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import grpc.aio
 import torch
 
-from engine.config import SchedulerConfig
+from engine.config import HostTierConfig, SchedulerConfig
 from engine.engine_thread import EngineThread
+from engine.host_copies import HostCopies
+from engine.host_memory import HostMemory
 from engine.model_loader import ModelFacts, load_model, read_model_facts
 from engine.model_runner import ModelRunner
 from engine.modelled_runner import ModelledRunner
@@ -28,11 +30,11 @@ from engine.worker_core import WorkerCore
 from engine.worker_health import WorkerHealth
 from engine.worker_host import WorkerHost
 from protos import worker_pb2_grpc as pb_grpc
-from protos.types import PeerRef
+from protos.types import KVLayout, PeerRef, Role
 
 logger = logging.getLogger("twinring.engine")
 
-MakeTransfers = Callable[[PeerRef, PagedKVCache, WorkerHost], TransferPort]
+MakeTransfers = Callable[[PeerRef, PagedKVCache | HostMemory, WorkerHost], TransferPort]
 
 # A handoff's request may be as long as the context: int32 ids of a million tokens still fit.
 MAX_FRAME_NBYTES = 64 << 20
@@ -88,8 +90,25 @@ class Worker:
         layout = facts.kv_layout(engine.dtype, engine.block_size, engine.hash_block_size)
         num_blocks = engine.fixed_num_blocks or num_blocks_for(engine.kv_cache_bytes, layout)
         self._kv_cache = PagedKVCache(layout, num_blocks, engine.device)
-        self._config = scheduler_config(engine, facts.max_model_len)
+        kv_nbytes_per_token = layout.block_nbytes // layout.block_size
+        self._config = replace(scheduler_config(engine, facts.max_model_len), kv_nbytes_per_token=kv_nbytes_per_token)
+        self._host_memory: HostMemory | None = None
+        if engine.host_cache_bytes and self._spec.role is Role.PREFILL:
+            self._allocate_host(layout)
         self._facts = facts
+
+    def _allocate_host(self, layout: KVLayout) -> None:
+        """What a decode worker has generated is looked for at its home, so it needs no second tier."""
+        self._progress = "allocating host memory"
+        engine = self._spec.engine
+        num_blocks = num_blocks_for(engine.host_cache_bytes, layout, "host_cache_bytes")
+        self._host_memory = HostMemory(self._kv_cache, num_blocks)
+        host = HostTierConfig(
+            num_blocks=self._host_memory.num_blocks,
+            s_per_token=self._host_memory.measured_load_s() / layout.block_size,
+            max_saving_blocks=-(-engine.max_num_batched_tokens // layout.block_size),  # of a step
+        )
+        self._config = replace(self._config, host=host)
 
     async def serve(self) -> WorkerReady:
         """Listen for routers and peers; the lease starts with the first router."""
@@ -100,9 +119,10 @@ class Worker:
             self._config, self._kv_cache.num_blocks, self._spec.hash_key, fingerprint, me.worker_id, _new_pull_id
         )
         host = WorkerHost(me, fingerprint, self._spec.lease, on_end=end_process)
-        self._transfers = self._make_transfers(me, self._kv_cache, host)
+        self._transfers = self._make_transfers(me, self._host_memory or self._kv_cache, host)
         self._engine = EngineThread(core, self._execute, host.deliver, host.crashed)
-        host.wire(self._engine, self._transfers)
+        self._copies = None if self._host_memory is None else HostCopies(self._host_memory, self._engine.post)
+        host.wire(self._engine, self._transfers, self._copies)
         pb_grpc.add_WorkerServicer_to_server(host, self._server)
         self._transfers.add_to_server(self._server)
         self._health = WorkerHealth(host)
@@ -110,6 +130,8 @@ class Worker:
         await self._health.show()
         await self._transfers.start()
         self._engine.start()
+        if self._copies is not None:
+            self._copies.start()
         await self._server.start()
         self._tasks.append(asyncio.create_task(host.keep_lease()))
         self._tasks.append(asyncio.create_task(self._health.keep(self._spec.lease.heartbeat_interval_s)))
@@ -126,6 +148,8 @@ class Worker:
         await self._transfers.close()
         await self._server.stop(grace_s)
         await asyncio.to_thread(self._engine.stop, grace_s)
+        if self._copies is not None:
+            await asyncio.to_thread(self._copies.stop, grace_s)
         self._progress = "stopped"
 
 
@@ -152,7 +176,7 @@ def scheduler_config(engine: EngineConfig, model_max_len: int) -> SchedulerConfi
         block_size=engine.block_size,
         hash_block_size=engine.hash_block_size,
         enable_prefix_caching=engine.enable_prefix_caching,
-        pulls=engine.pulls,
+        pulls=engine.pulls if engine.enable_prefix_caching else None,
     )
 
 

@@ -24,9 +24,10 @@ class EngineConfig:
     hash_block_size: int = 64  # that one link of a prompt's hash chain covers; what prefixes are matched by
     kv_cache_bytes: int = 256 << 20  # of each worker
     num_blocks: int | None = None  # overrides kv_cache_bytes and what modelled hardware holds
+    host_cache_bytes: int = 0  # memory of its machine in which each prefill worker keeps evicted KV; 0: none
     enable_prefix_caching: bool = True  # keep blocks of ended requests, and find them by their hashes
     fused: bool = True  # faster layers in place of transformers' own
-    pulls: PullConfig | None = None  # fetch prefixes from other workers, and serve them; null: no worker does
+    pulls: PullConfig | None = field(default_factory=PullConfig)  # prefixes that others hold; null: no pulls
     modelled: str | Hardware | None = None  # steps compute nothing and take as long as on this (docs/simulator.md)
 
     def __post_init__(self) -> None:
@@ -40,8 +41,10 @@ class EngineConfig:
         if isinstance(self.modelled, str) and self.modelled not in HARDWARE:
             rows = ", ".join(HARDWARE)
             raise ValueError(f"modelled must be one of {rows}, or costs and memory, not {self.modelled!r}")
-        if self.pulls is not None and not self.enable_prefix_caching:
-            raise ValueError("pulls need the prefix cache, and enable_prefix_caching is False")
+        if self.host_cache_bytes < 0:
+            raise ValueError(f"host_cache_bytes must not be negative, got {self.host_cache_bytes}")
+        if self.host_cache_bytes and not self.enable_prefix_caching:
+            raise ValueError("host_cache_bytes needs the prefix cache, and enable_prefix_caching is False")
         if self.fixed_num_blocks is not None and self.fixed_num_blocks < 1:
             raise ValueError("num_blocks, or num_kv_tokens of what is modelled, must make at least one block")
 

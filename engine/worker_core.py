@@ -33,11 +33,11 @@ from engine.kv_cache_manager import KVCacheManager, Ledger
 from engine.prefill_speed import PrefillSpeed
 from engine.pull_destination import PullDestination
 from engine.pull_source import PullSource
+from engine.pull_speed import PullSpeed
 from engine.request import Request
 from engine.return_destination import ReturnDestination
 from engine.scheduler import Progress, Scheduler
 from engine.scheduler_output import SchedulerOutput, StepResult
-from engine.step_costs import StepCosts
 from protos.types import (
     Abort,
     FinishReason,
@@ -72,8 +72,8 @@ class WorkerCore:
         self._scheduler = Scheduler(config, self._manager)
         self._source = HandoffSource(config, self._scheduler, self._manager)
         self._destination = HandoffDestination(config, self._scheduler, self._manager)
-        self._speed = PrefillSpeed()
-        self._costs = StepCosts()
+        self._speed = PrefillSpeed(config.max_num_batched_tokens)
+        self._pull_speed = PullSpeed(config.pulls, config.kv_nbytes_per_token)
         copy_numbers = count()
 
         def new_copy_id() -> bytes:
@@ -84,7 +84,9 @@ class WorkerCore:
         self._saves = HostSaves(config.host, self._manager, host, new_copy_id)
         self._loads = HostLoads(config, self._scheduler, self._manager, host, self._speed, new_copy_id)
         self._pull_source = PullSource(config, self._manager, host)
-        self._pulls = PullDestination(config, self._scheduler, self._manager, self._speed, worker_id, new_pull_id)
+        self._pulls = PullDestination(
+            config, self._scheduler, self._manager, self._speed, self._pull_speed, worker_id, new_pull_id
+        )
         self._returns = ReturnDestination(config, self._scheduler, self._manager, host, new_pull_id)
         self._requests: dict[str, Request] = {}
         self._arrivals = count()
@@ -240,7 +242,7 @@ class WorkerCore:
     def note_step(self, output: SchedulerOutput, duration_s: float) -> None:
         """What the step took, to know what steps cost here."""
         self._speed.note_step(output, duration_s)
-        self._costs.note_step(output, duration_s)
+        self._pull_speed.note_step()
 
     def _after_progress(self, progress: Progress) -> list[Effect]:
         request = progress.request
@@ -274,7 +276,7 @@ class WorkerCore:
     def _offer_answer(self, request: Request) -> list[Effect]:
         """To where its prompt was computed or brought, for the next turn: what was generated is only here."""
         pulls, handoff, hashes = self._config.pulls, request.handoff_from, tuple[bytes, ...]()
-        if pulls is not None and pulls.returns_answers and handoff is not None:
+        if pulls is not None and pulls.max_returns and pulls.returns_answers and handoff is not None:
             hashes = self._manager.computed_prefix(request)
         if handoff is None or len(hashes) <= request.num_given_tokens // self._config.block_size:
             return []
@@ -310,7 +312,12 @@ class WorkerCore:
             prefill_s_per_token=self._speed.s_per_token,
             num_steps=self._scheduler.num_steps,
             num_host_blocks=ledger.host_total,
-            step_moments=self._costs.moments(),
+            num_cached_host_blocks=ledger.host_cached,
+            num_host_loaded_tokens=self._loads.num_loaded_tokens,
+            step_moments=self._speed.moments(),
+            prefill_cost=self._speed.cost,
+            pull_cost=self._pull_speed.cost,
+            pulls=self._pulls.stats,
         )
 
     # --- inside ---------------------------------------------------------------------------------------------------

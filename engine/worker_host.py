@@ -36,6 +36,7 @@ from engine.events import (
     TransferOffered,
     TransferRefused,
 )
+from engine.host_copies import HostCopies
 from engine.request_owners import RequestOwners
 from engine.router_session import RouterSession, check_hello, receive_commands, send_reports, worker_hello
 from engine.transfer_port import TransferPort
@@ -69,10 +70,13 @@ class WorkerHost(pb_grpc.WorkerServicer):
         self._fenced = False
         self._engine: EngineThread
         self._transfers: TransferPort
+        self._copies: HostCopies | None = None
 
-    def wire(self, engine: EngineThread, transfers: TransferPort) -> None:
+    def wire(self, engine: EngineThread, transfers: TransferPort, copies: HostCopies | None = None) -> None:
+        """copies: where the engine has host memory."""
         self._engine = engine
         self._transfers = transfers
+        self._copies = copies
 
     # --- routers --------------------------------------------------------------------------------------------------
 
@@ -82,10 +86,11 @@ class WorkerHost(pb_grpc.WorkerServicer):
         await context.write(worker_hello(self.me, self._model_fingerprint))
         session = RouterSession(first.hello.router_id)
         self._sessions.add(session)
-        self._lease_renewed_at = time.monotonic()
+        self._heard_from(session)
         tasks = [
             asyncio.create_task(send_reports(session, context)),
             asyncio.create_task(receive_commands(request_iterator, self._on_frame, session)),
+            asyncio.create_task(self._until_silent(session)),
         ]
         try:
             done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
@@ -98,10 +103,22 @@ class WorkerHost(pb_grpc.WorkerServicer):
             self._sessions.discard(session)
             self._engine.post(*self._owners.end_session(session))
 
+    def _heard_from(self, session: RouterSession) -> None:
+        """Any router renews the worker's lease, each one its own session's."""
+        self._lease_renewed_at = session.heard_at = time.monotonic()
+
+    async def _until_silent(self, session: RouterSession) -> None:
+        """A router that hangs while others go on has requests here that nobody waits for: its session ends."""
+        while True:
+            left_s = session.heard_at + self._lease.lease_s - time.monotonic()
+            if left_s < 0:
+                return
+            await asyncio.sleep(left_s + self._lease.heartbeat_interval_s)
+
     def _on_frame(self, session: RouterSession, frame: pb.RouterFrame) -> None:
         if self._fenced:
             return
-        self._lease_renewed_at = time.monotonic()
+        self._heard_from(session)
         command = codec.command_from_proto(frame)
         if command.members is not None:
             self._transfers.set_members(command.membership_version, command.members)
@@ -180,7 +197,8 @@ class WorkerHost(pb_grpc.WorkerServicer):
                 case OfferReturn(home_worker_id, request_id, attempt, block_hashes):
                     self._transfers.offer_return(home_worker_id, request_id, attempt, block_hashes)
                 case CopyBlocks():
-                    raise AssertionError(f"no host memory for {effect}: SchedulerConfig.host must be None here")
+                    assert self._copies is not None, "the engine has no host memory"
+                    self._copies.copy(effect)
 
     def _open(self, effect: OpenTransfer) -> None:
         """A pull or a return does not move its request: that one is elsewhere, or waits here for its handoff."""

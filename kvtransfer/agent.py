@@ -15,13 +15,14 @@ from kvtransfer.block_store import BlockStore
 from kvtransfer.config import TransferConfig
 from kvtransfer.counters import TransferCounters
 from kvtransfer.destination_side import DestinationSide
-from kvtransfer.gloo_link import GlooTransport
+from kvtransfer.greeter import Greeter
 from kvtransfer.handshake import judge_hello, terms_of
 from kvtransfer.host import TransferHost
 from kvtransfer.messages import Hello, HelloRefused, PullAsk, ReturnAsk, pack_hashes
 from kvtransfer.source_side import SourceSide
 from kvtransfer.transport import Transport
-from protos import worker_pb2, worker_pb2_grpc
+from kvtransfer.transports import LocalFirst
+from protos import worker_pb2_grpc
 from protos.types import PeerRef, Role, TransferKind, TransferStats
 
 __all__ = ["TransferAgent", "TransferHost"]
@@ -39,6 +40,7 @@ class TransferAgent:
         store: BlockStore,
         host: TransferHost,
         config: TransferConfig,
+        secret: bytes,  # handshake.peer_secret
         transport: Transport | None = None,  # tests hand in a MemoryTransport
     ) -> None:
         self.counters = TransferCounters()
@@ -46,6 +48,7 @@ class TransferAgent:
         self._store = store
         self._host = host
         self._config = config
+        self._secret = secret
         self._transport = transport
         self._members: dict[str, PeerRef] | None = None
         self._version = -1
@@ -58,11 +61,13 @@ class TransferAgent:
         worker_pb2_grpc.add_PeerServicer_to_server(_PeerService(self), server)
 
     async def start(self) -> None:
-        self._transport = self._transport or GlooTransport(self._config)
-        parts = (self._me, self._store, self._host, self._config, self._transport, self.counters)
+        self._transport = self._transport or LocalFirst(self._config)
+        terms = terms_of(self._store.layout, self._config)
+        greeter = Greeter(self._me, terms, self._secret, self._config, self._judge, self.counters)
+        parts = (self._me, self._store, self._host, self._config, self._transport, self.counters, greeter)
         self._source = SourceSide(*parts)
-        self._destination = DestinationSide(*parts, self._judge)
-        self._asks = Asks(self._host, self._config, self._source, self.counters, self._judge)
+        self._destination = DestinationSide(*parts)
+        self._asks = Asks(self._host, self._config, self._source, greeter)
         self._ticking = asyncio.create_task(self._tick())
 
     async def close(self) -> None:
@@ -96,7 +101,8 @@ class TransferAgent:
 
     @property
     def stats(self) -> TransferStats:
-        return replace(self.counters.stats(), block_nbytes=self._store.layout.block_nbytes)
+        block_nbytes = self._store.layout.block_nbytes
+        return replace(self.counters.stats(), block_nbytes=block_nbytes, links=self._source.link_stats)
 
     @property
     def open_transfers(self) -> int:
@@ -122,7 +128,7 @@ class TransferAgent:
     def offer_return(self, home_worker_id: str, request_id: str, attempt: int, block_hashes: tuple[bytes, ...]) -> None:
         """Dropped where the home is not there or does not hear it."""
         if (home := (self._members or {}).get(home_worker_id)) is not None:
-            ask = ReturnAsk(self._hello(home), request_id, attempt, pack_hashes(block_hashes))
+            ask = ReturnAsk(request_id, attempt, pack_hashes(block_hashes))
             self._asks.ask(home, ask, lambda refusal: None)
 
     def send_blocks(self, transfer_id: bytes, first_block: int, block_ids: tuple[int, ...]) -> None:
@@ -152,7 +158,7 @@ class TransferAgent:
             asyncio.get_running_loop().call_soon(self._host.on_pull_refused, pull_id, reason)
             return
         self._destination.expect(pull_id, source, request_id, attempt, kind)
-        ask = PullAsk(self._hello(source), pull_id, kind, request_id, attempt, pack_hashes(block_hashes))
+        ask = PullAsk(pull_id, kind, request_id, attempt, pack_hashes(block_hashes))
         self._asks.ask(source, ask, lambda refusal: self._on_pull_refused(pull_id, refusal))
 
     def _on_pull_refused(self, pull_id: bytes, reason: str) -> None:
@@ -171,9 +177,6 @@ class TransferAgent:
         self._source.abort(transfer_id, reason)
         self._destination.abort(transfer_id, reason)
 
-    def _hello(self, peer: PeerRef) -> Hello:
-        return Hello(self._me, peer.incarnation, terms_of(self._store.layout, self._config))
-
     def _judge(self, hello: Hello) -> HelloRefused | None:
         return judge_hello(hello, self._me, terms_of(self._store.layout, self._config), self._members)
 
@@ -181,9 +184,9 @@ class TransferAgent:
         if self._ticking is not None:
             await self._destination.serve(stream)
 
-    async def answer(self, body: bytes) -> bytes:
-        """ValueError where it is no ask."""
-        return await self._asks.answer(body)
+    async def answer(self, stream: Any) -> None:
+        if self._ticking is not None:
+            await self._asks.serve(stream)
 
     async def _tick(self) -> None:
         loop = asyncio.get_running_loop()
@@ -200,9 +203,5 @@ class _PeerService(worker_pb2_grpc.PeerServicer):
     async def Control(self, request_iterator: AsyncIterator[Any], context: Any) -> None:
         await self._agent.serve(context)
 
-    async def Ask(self, request: worker_pb2.PeerFrame, context: Any) -> worker_pb2.PeerFrame:
-        try:
-            return worker_pb2.PeerFrame(body=await self._agent.answer(request.body))
-        except ValueError as error:
-            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
-            raise  # abort has raised already
+    async def Ask(self, request_iterator: AsyncIterator[Any], context: Any) -> None:
+        await self._agent.answer(context)

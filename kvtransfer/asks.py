@@ -11,23 +11,21 @@ from typing import Any
 import grpc
 
 from kvtransfer.config import TransferConfig
-from kvtransfer.counters import TransferCounters
+from kvtransfer.greeter import Greeter
 from kvtransfer.host import TransferHost
 from kvtransfer.messages import (
     MAX_ASK_NBYTES,
     Answer,
     Ask,
-    Hello,
     HelloRefused,
     PullAsk,
     clip,
-    decode,
-    encode,
     unpack_hashes,
 )
 from kvtransfer.outgoing_peer import CHANNEL_OPTIONS
+from kvtransfer.peer_channel import ChannelLost, FrameStream, PeerChannel
 from kvtransfer.source_side import SourceSide
-from protos import worker_pb2, worker_pb2_grpc
+from protos import worker_pb2_grpc
 from protos.types import PeerRef
 
 logger = logging.getLogger("twinring.kvtransfer")
@@ -44,14 +42,12 @@ class Asks:
         host: TransferHost,
         config: TransferConfig,
         source: SourceSide,
-        counters: TransferCounters,
-        judge: Callable[[Hello], HelloRefused | None],
+        greeter: Greeter,
     ) -> None:
         self._host = host
         self._config = config
         self._source = source
-        self._counters = counters
-        self._judge = judge
+        self._greeter = greeter
         self._loop = asyncio.get_running_loop()
         self._members: Mapping[str, PeerRef] = {}
         self._channels: dict[str, grpc.aio.Channel] = {}
@@ -89,17 +85,22 @@ class Asks:
             return "no longer a member"
         if peer.incarnation not in self._channels:
             self._channels[peer.incarnation] = grpc.aio.insecure_channel(peer.address, options=CHANNEL_OPTIONS)
-        stub = worker_pb2_grpc.PeerStub(self._channels[peer.incarnation])
+        call = worker_pb2_grpc.PeerStub(self._channels[peer.incarnation]).Ask(timeout=self._timeout_s)
+        channel = PeerChannel(call, self._config)
         try:
-            frame = await stub.Ask(worker_pb2.PeerFrame(body=encode(ask)), timeout=self._timeout_s)
-            answer = decode(frame.body)
-        except grpc.aio.AioRpcError as error:
-            return f"no answer: {error.code().name}: {error.details()}"
+            await self._greeter.greet(channel, peer)
+            await channel.write(ask)
+            answer = await channel.read(self._timeout_s)
+        except ChannelLost as lost:
+            return f"no answer: {lost}"
         except asyncio.CancelledError:  # by the channel's end, not by ours: nobody cancels the task
             return "no longer a member"
-        except ValueError as error:
-            return f"malformed answer: {error}"
-        return answer.refusal if isinstance(answer, Answer) else f"answered by {type(answer).__name__}"
+        finally:
+            call.cancel()
+        match answer:
+            case Answer(refusal=refusal) | HelloRefused(reason=refusal):
+                return refusal
+        return f"answered by {type(answer).__name__}"
 
     @property
     def _timeout_s(self) -> float:
@@ -113,29 +114,32 @@ class Asks:
 
     # --- being asked --------------------------------------------------------------------------------------------------
 
-    async def answer(self, body: bytes) -> bytes:
-        """ValueError where it is no ask."""
-        ask = decode(body, MAX_ASK_NBYTES)
-        if not isinstance(ask, Ask):
-            raise ValueError(f"nothing is asked by {type(ask).__name__}")
-        sender = ask.hello.sender
-        refused = self._judge(ask.hello)
-        if refused is None and self._members.get(sender.worker_id) is None:
-            refused = HelloRefused("members are not known yet", is_final=False)
-        if refused is not None:
-            self._counters.num_refused_hellos += 1
-            logger.warning("refused to answer %s: %s", sender.worker_id, refused.reason)
-            return encode(Answer(refused.reason))
+    async def serve(self, stream: FrameStream) -> None:
+        """One ask, answered. What is no ask ends the stream."""
+        channel = PeerChannel(stream, self._config)
+        try:
+            if (hello := await self._greeter.welcome(channel)) is None:
+                return
+            ask = await channel.read(self._config.connect_timeout_s, MAX_ASK_NBYTES)
+            if not isinstance(ask, Ask):
+                raise ChannelLost(f"nothing is asked by {type(ask).__name__}")
+            await channel.write(Answer(await self._answer_to(ask, hello.sender.worker_id)))
+        except ChannelLost as lost:
+            logger.info("an ask ended: %s", lost)
+
+    async def _answer_to(self, ask: Ask, worker_id: str) -> str:
+        if (sender := self._members.get(worker_id)) is None:
+            return "members are not known yet"
         if isinstance(ask, PullAsk):
-            return encode(Answer(clip(await self._answer_pull(ask, self._members[sender.worker_id]))))
+            return clip(await self._answer_pull(ask, sender))
         hashes = unpack_hashes(ask.block_hashes)
-        self._loop.call_soon(self._host.on_return_offered, sender.worker_id, ask.request_id, ask.attempt, hashes)
-        return encode(Answer(""))
+        self._loop.call_soon(self._host.on_return_offered, worker_id, ask.request_id, ask.attempt, hashes)
+        return ""
 
     async def _answer_pull(self, ask: PullAsk, destination: PeerRef) -> str:
         if refusal := await self._source.warm(destination):
             return refusal
-        if ask.pull_id in self._unanswered:
+        if ask.pull_id in self._unanswered or self._source.is_open(ask.pull_id):
             return "this pull has been asked for before"
         answer: asyncio.Future[str] = self._loop.create_future()
         self._unanswered[ask.pull_id] = answer
@@ -146,11 +150,9 @@ class Asks:
                 return await answer
         except TimeoutError:
             return "the worker does not answer"
-        finally:
-            del self._unanswered[ask.pull_id]
 
     def answered(self, pull_id: bytes, refusal: str) -> None:
-        """By the host, in time or not."""
-        answer = self._unanswered.get(pull_id)
+        """By the host, in time or not: until then nobody else may ask by this id."""
+        answer = self._unanswered.pop(pull_id, None)
         if answer is not None and not answer.done():
             answer.set_result(refusal)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 Checksum = Literal["xxh3_64", "sum64", "none"]
+TransportName = Literal["auto", "gloo", "shared_memory"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,15 +24,15 @@ class TransferConfig:
     silence_timeout_s: float = 1.5  # a control stream that is silent for longer has lost its peer
     max_lazy_links: int = 8  # of one worker, made for pulls and returns; the one unused for longest makes way
     checksum: Checksum = "xxh3_64"  # of each chunk
-    bind_host: str = "127.0.0.1"  # not encrypted or authenticated: a private interface; auto: the Ray node's IP
-    transport: Literal["gloo"] = "gloo"  # what carries the chunks
+    bind_host: str = "127.0.0.1"  # not encrypted: a private interface; auto: the Ray node's IP
+    transport: TransportName = "auto"  # shared_memory needs one machine; auto: where that can be had, else gloo
     failpoint: Literal["", "flip_received_bytes"] = ""  # tests only
 
     def __post_init__(self) -> None:
         if self.checksum not in ("xxh3_64", "sum64", "none"):
             raise ValueError(f"checksum must be xxh3_64, sum64 or none, not {self.checksum!r}")
-        if self.transport != "gloo":
-            raise ValueError(f"transport must be gloo, not {self.transport!r}")
+        if self.transport not in ("auto", "gloo", "shared_memory"):
+            raise ValueError(f"transport must be auto, gloo or shared_memory, not {self.transport!r}")
         if self.failpoint not in ("", "flip_received_bytes"):
             raise ValueError(f"failpoint must be empty or flip_received_bytes, not {self.failpoint!r}")
         for name in ("chunk_nbytes", "num_staging_chunks", "max_lazy_links"):

@@ -26,4 +26,9 @@ class TransferCounters:
         self.num_failed[failure] += 1
 
     def stats(self) -> TransferStats:
-        return TransferStats(self.num_completed, self.num_bytes, tuple(sorted(self.num_failed.items())))
+        return TransferStats(
+            self.num_completed,
+            self.num_bytes,
+            tuple(sorted(self.num_failed.items())),
+            num_refused_peers=self.num_refused_hellos,
+        )

@@ -1,12 +1,11 @@
-"""The receiving end of one link at work: receive into staging, verify, scatter. Decides which chunk gets the next free
-staging slot and the next number on the link (the most urgent, then the first that came), and nothing about
-transfers."""
+"""The receiving end of one link at work: receive, verify, scatter. Decides when a chunk gets a staging slot and the
+next number on the link; whose chunk it is, turns.py. Knows nothing about transfers."""
 
 from __future__ import annotations
 
 import asyncio
-from bisect import insort
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 import torch
@@ -14,9 +13,10 @@ import torch
 from kvtransfer.block_store import BlockStore
 from kvtransfer.config import TransferConfig
 from kvtransfer.lane_thread import LaneThread, Ticket
-from kvtransfer.staging import StagingRing, as_bytes, checksum_of
+from kvtransfer.staging import StagingRing, as_bytes, checksum_of, private_memory
 from kvtransfer.transfer import URGENCY
 from kvtransfer.transport import LinkFailed, ReceiverLink
+from kvtransfer.turns import Turns
 from protos.types import TransferFailure, TransferKind
 
 OnPosted = Callable[[bytes, int, int, int], None]  # transfer_id, seq, number, num_bytes
@@ -53,7 +53,7 @@ class DestinationLane:
         self._link = link
         self._store = store
         num_slot_blocks = config.num_chunk_blocks(store.layout.block_nbytes)
-        self._ring = StagingRing(store.layout, config.num_staging_chunks, num_slot_blocks)
+        self._ring = StagingRing(store.layout, config.num_staging_chunks, num_slot_blocks, private_memory)
         self._verifies = config.checksum != "none"
         self._checksum = checksum_of(config.checksum)
         self._corrupt = _flip_bytes if config.failpoint == "flip_received_bytes" else None
@@ -62,7 +62,7 @@ class DestinationLane:
         self._loop = asyncio.get_running_loop()
         self._thread = LaneThread(name)
         self._join_timeout_s = config.connect_timeout_s + config.chunk_timeout_s
-        self._waiting: list[_Chunk] = []  # by urgency, then as they came
+        self._turns: Turns[_Chunk] = Turns()
         self._posted: dict[tuple[bytes, int], _Chunk] = {}
         self._next_number = 0
 
@@ -73,13 +73,12 @@ class DestinationLane:
         self, transfer_id: bytes, seq: int, block_ids: tuple[int, ...], checksum: int, kind: TransferKind
     ) -> None:
         chunk = _Chunk(transfer_id, seq, block_ids, checksum, URGENCY.index(kind))
-        insort(self._waiting, chunk, key=lambda each: each.urgency)
+        self._turns.wait(chunk)
         self._post_waiting()
 
     def cancel(self, transfer_id: bytes) -> list[int]:
         """Answers the chunks whose scatter has not begun and never will. Their bytes may still come, into staging."""
-        dropped = [chunk for chunk in self._waiting if chunk.transfer_id == transfer_id]
-        self._waiting = [chunk for chunk in self._waiting if chunk.transfer_id != transfer_id]
+        dropped = self._turns.drop(transfer_id)
         for chunk in self._posted.values():
             if chunk.transfer_id == transfer_id and chunk.ticket.cancel():
                 chunk.is_cancelled = True
@@ -95,8 +94,9 @@ class DestinationLane:
         self._thread.close(self._join_timeout_s)
 
     def _post_waiting(self) -> None:
-        while self._waiting and (slot := self._ring.take()) is not None:
-            chunk = self._waiting.pop(0)
+        while (chunk := self._turns.take(self._ring.num_free)) is not None:
+            slot = self._ring.take()
+            assert slot is not None
             chunk.slot, chunk.number = slot, self._next_number
             self._next_number += 1
             self._posted[chunk.transfer_id, chunk.seq] = chunk
@@ -115,6 +115,7 @@ class DestinationLane:
     def _finished(self, chunk: _Chunk, error: str, failure: TransferFailure) -> None:
         del self._posted[chunk.transfer_id, chunk.seq]
         self._ring.release(chunk.slot)
+        self._turns.give_back(chunk)
         if not chunk.is_cancelled:
             self._on_ended(chunk.transfer_id, chunk.seq, error, failure)
         self._post_waiting()
@@ -123,21 +124,24 @@ class DestinationLane:
 
     def _take_in(self, chunk: _Chunk) -> None:
         try:
-            self._link.wait(chunk.number)
-            error, failure = self._verify_and_scatter(chunk), TransferFailure.CORRUPT
+            received = self._link.wait(chunk.number)
         except LinkFailed as failed:
             error, failure = f"link failed: {failed}", TransferFailure.LINK_LOST
+        else:
+            error, failure = self._verify_and_scatter(chunk, received), TransferFailure.CORRUPT
+            with suppress(LinkFailed):  # what is written is written
+                self._link.release(chunk.number)
         self._loop.call_soon_threadsafe(self._finished, chunk, error, failure)
 
-    def _verify_and_scatter(self, chunk: _Chunk) -> str:
-        staged = self._staged(chunk)
+    def _verify_and_scatter(self, chunk: _Chunk, received: torch.Tensor) -> str:
         if self._corrupt is not None:
-            self._corrupt(as_bytes(staged))
-        if self._verifies and self._checksum(as_bytes(staged)) != chunk.checksum:
+            self._corrupt(received)
+        if self._verifies and self._checksum(received) != chunk.checksum:
             return f"checksum mismatch in chunk {chunk.seq}"
         if not chunk.ticket.begin():
             return "cancelled"
-        self._store.scatter(chunk.block_ids, staged)
+        staged = self._staged(chunk)
+        self._store.scatter(chunk.block_ids, received.view(staged.dtype).view(staged.shape))
         return ""
 
 

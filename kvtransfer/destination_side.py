@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from kvtransfer.block_store import BlockStore
@@ -27,14 +26,13 @@ from kvtransfer.destination_transfer import (
     ReportLost,
     SourceLeft,
 )
-from kvtransfer.handshake import terms_of
+from kvtransfer.greeter import Greeter
 from kvtransfer.host import TransferHost
 from kvtransfer.messages import (
     Abort,
     Chunk,
     Commit,
     Hello,
-    HelloRefused,
     Message,
     Offer,
     Ready,
@@ -69,7 +67,7 @@ class DestinationSide:
         config: TransferConfig,
         transport: Transport,
         counters: TransferCounters,
-        judge: Callable[[Hello], HelloRefused | None],
+        greeter: Greeter,
     ) -> None:
         self._me = me
         self._store = store
@@ -77,7 +75,7 @@ class DestinationSide:
         self._config = config
         self._transport = transport
         self._counters = counters
-        self._judge = judge
+        self._greeter = greeter
         self._loop = asyncio.get_running_loop()
         self._transfers: dict[bytes, DestinationTransfer] = {}
         self._peers: dict[str, IncomingPeer] = {}
@@ -105,10 +103,10 @@ class DestinationSide:
         peer: IncomingPeer | None = None
         reason = "closed"
         try:
-            hello = await self._welcome(channel)
+            hello = await self._greeter.welcome(channel)
             if hello is None:
                 return
-            peer = await self._link_up(hello.sender, channel)
+            peer = await self._link_up(hello, channel)
             reason = await channel.run(lambda message: self._on_message(peer, message))
         except (ChannelLost, LinkFailed) as lost:
             reason = str(lost)
@@ -118,25 +116,15 @@ class DestinationSide:
                 self._lose(peer, reason)
                 await self._close_lane(peer)
 
-    async def _welcome(self, channel: PeerChannel) -> Hello | None:
-        hello = await channel.read(self._config.connect_timeout_s)
-        if not isinstance(hello, Hello):
-            raise ChannelLost(f"a stream that opens with {type(hello).__name__}")
-        if (refusal := self._judge(hello)) is None:
-            return hello
-        self._counters.num_refused_hellos += 1
-        logger.error("refused a KV link from %s: %s", hello.sender.worker_id, refusal.reason)
-        await channel.write(refusal)
-        return None
+    async def _link_up(self, hello: Hello, channel: PeerChannel) -> IncomingPeer:
+        sender = hello.sender
 
-    async def _link_up(self, sender: PeerRef, channel: PeerChannel) -> IncomingPeer:
         def on_failure(reason: str) -> None:
             self._loop.call_soon_threadsafe(channel.close, f"link: {reason}")
 
-        link = self._transport.listen(on_failure)
+        link = self._transport.listen(hello.beacon, on_failure)
         peer = IncomingPeer(sender, channel, self._make_lane(sender, link))
         try:
-            await channel.write(Hello(self._me, sender.incarnation, terms_of(self._store.layout, self._config)))
             await channel.write(link.offer)
             await peer.lane.connect()
         except BaseException:

@@ -20,6 +20,7 @@ from torch._C._distributed_c10d import PrefixStore, ProcessGroupGloo, Store, TCP
 
 from kvtransfer.config import TransferConfig
 from kvtransfer.messages import LinkOffer
+from kvtransfer.staging import private_memory
 from kvtransfer.transport import LinkFailed, OnFailure
 
 _RECEIVER, _SENDER = 0, 1
@@ -48,6 +49,8 @@ class _Group(Protocol):
 class GlooLink:
     """Invariant: once `_failure` is set, every call raises LinkFailed. It is set once, and told unless by close."""
 
+    transport = "gloo"
+
     def __init__(
         self,
         rank: int,
@@ -68,7 +71,7 @@ class GlooLink:
         self._failure = ""
         self._group: _Group | None = None
         self._canary: threading.Thread | None = None
-        self._works: dict[int, _Work] = {}
+        self._works: dict[int, tuple[_Work, torch.Tensor]] = {}
         self._next_number = 0
 
     def connect(self) -> None:
@@ -90,6 +93,9 @@ class GlooLink:
         self._poison(group)
         self._raise_if_failed()
 
+    def allocate(self, num_bytes: int) -> torch.Tensor:
+        return private_memory(num_bytes)
+
     def post(self, number: int, staged: torch.Tensor) -> None:
         assert number == self._next_number, "operations of a link have no gaps"
         self._next_number += 1
@@ -100,21 +106,25 @@ class GlooLink:
         tag = _FIRST_OPERATION + number % _NUM_OPERATION_TAGS
         start = self._send if self._rank == _SENDER else self._receive
         try:
-            self._works[number] = start(group, staged, tag)
+            self._works[number] = start(group, staged, tag), staged
         except RuntimeError as error:
             self.fail(_first_line(error))
             raise LinkFailed(_first_line(error)) from None
 
-    def wait(self, number: int) -> None:
-        work = self._works.pop(number, None)
-        if work is None:
+    def wait(self, number: int) -> torch.Tensor:
+        if number not in self._works:
             self._raise_if_failed()
             raise AssertionError(f"operation {number} was not posted")
+        work, staged = self._works.pop(number)
         try:
             work.wait(self._chunk_timeout)
         except RuntimeError as error:
             self.fail(_first_line(error))
             raise LinkFailed(_first_line(error)) from None
+        return staged
+
+    def release(self, number: int) -> None:
+        pass
 
     def fail(self, reason: str) -> None:
         if self._set_failure(reason):
@@ -189,15 +199,17 @@ class GlooReceiverLink(GlooLink):
 class GlooTransport:
     """One device (one progress thread) for all links of a process, and one store for all links into it."""
 
+    beacon = ""
+
     def __init__(self, config: TransferConfig) -> None:
         self._config = config
         self._device = ProcessGroupGloo.create_device(hostname=config.bind_host)
         self._store: TCPStore | None = None
         self._port = 0
 
-    def listen(self, on_failure: OnFailure) -> GlooReceiverLink:
+    def listen(self, beacon: str, on_failure: OnFailure) -> GlooReceiverLink:
         store = self._store or self._host_store()
-        offer = LinkOffer(self._config.bind_host, self._port, secrets.token_hex(16))
+        offer = LinkOffer(self._config.bind_host, self._port, secrets.token_hex(16), "gloo")
         return GlooReceiverLink(offer, store, self._device, self._config, on_failure)
 
     def dial(self, offer: LinkOffer, on_failure: OnFailure) -> GlooLink:

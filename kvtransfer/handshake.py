@@ -1,13 +1,36 @@
-"""Whether two workers may open a link to each other, and if not, why. Pure."""
+"""Whether two workers may open a link to each other, and if not, why; and how each knows that the other has the
+cluster's secret. Pure: nonces are handed in. greeter.py says it on a stream:
+
+    hello ->, <- challenge, proof ->, and only then an answer
+
+A proof is a keyed hash over the hello, which names both lives, and the nonces of both: it is worth nothing on another
+stream, and neither end's proof passes for the other's."""
 
 from __future__ import annotations
 
+import hmac
 from collections.abc import Mapping
 from dataclasses import fields
 
 from kvtransfer.config import TransferConfig
-from kvtransfer.messages import Hello, HelloRefused, Terms, clip
+from kvtransfer.messages import Hello, HelloRefused, Terms, clip, encode
 from protos.types import PROTOCOL_VERSION, KVLayout, PeerRef
+
+DIALLING, DIALLED = b"dialling", b"dialled "  # of equal length
+
+
+def peer_secret(cluster_key: bytes) -> bytes:
+    """From the key that workers and routers hash blocks with: one key is handed out, and serves each purpose apart."""
+    return hmac.digest(cluster_key, b"twinring peers", "sha256")
+
+
+def proof_of(secret: bytes, end: bytes, hello: Hello, nonce: bytes) -> bytes:
+    """That this end of the stream knows the secret; nonce is the challenge's."""
+    return hmac.digest(secret, end + nonce + encode(hello), "sha256")
+
+
+def proves(proof: bytes, secret: bytes, end: bytes, hello: Hello, nonce: bytes) -> bool:
+    return hmac.compare_digest(proof, proof_of(secret, end, hello, nonce))
 
 
 def terms_of(layout: KVLayout, config: TransferConfig) -> Terms:

@@ -10,6 +10,7 @@ import torch
 
 from kvtransfer.config import TransferConfig
 from kvtransfer.messages import LinkOffer
+from kvtransfer.staging import private_memory
 from kvtransfer.transport import LinkFailed, OnFailure
 
 
@@ -27,8 +28,12 @@ class MemoryWire:
 
     def move(self) -> None:
         while not self.is_stalled and not self.failure and self.num_done in self.sent and self.num_done in self.posted:
-            self.posted.pop(self.num_done).copy_(self.sent.pop(self.num_done))
-            self.num_done += 1
+            sent, posted = self.sent.pop(self.num_done), self.posted.pop(self.num_done)
+            if sent.numel() != posted.numel():
+                self.failure = f"{sent.numel()} bytes sent for {posted.numel()} posted"
+            else:
+                posted.copy_(sent)
+                self.num_done += 1
         self.changed.notify_all()
 
     def stall(self, is_stalled: bool = True) -> None:
@@ -44,12 +49,15 @@ class MemoryWire:
 
 
 class MemoryLink:
+    transport = "memory"
+
     def __init__(self, wire: MemoryWire, is_sender: bool, config: TransferConfig, on_failure: OnFailure) -> None:
         self._wire = wire
         self._mine = wire.sent if is_sender else wire.posted
         self._config = config
         self._on_failure = on_failure
         self._next_number = 0
+        self._open: dict[int, torch.Tensor] = {}  # posted and not awaited
         self._lock = threading.Lock()
         self._is_settled = False  # failed and told so, or closed
         self._canary: threading.Thread | None = None
@@ -66,15 +74,18 @@ class MemoryLink:
         self._canary = threading.Thread(target=self._watch, name="kv-canary", daemon=True)
         self._canary.start()
 
+    def allocate(self, num_bytes: int) -> torch.Tensor:
+        return private_memory(num_bytes)
+
     def post(self, number: int, staged: torch.Tensor) -> None:
         assert number == self._next_number, "operations of a link have no gaps"
         self._next_number += 1
         with self._wire.changed:
             self._raise_if_failed()
-            self._mine[number] = staged
+            self._mine[number] = self._open[number] = staged
             self._wire.move()
 
-    def wait(self, number: int) -> None:
+    def wait(self, number: int) -> torch.Tensor:
         wire = self._wire
         with wire.changed:
             timeout_s = self._config.chunk_timeout_s
@@ -84,6 +95,10 @@ class MemoryLink:
             self.fail(f"operation {number} missed its deadline")
         if not is_done:
             self._raise_if_failed()
+        return self._open.pop(number)
+
+    def release(self, number: int) -> None:
+        pass
 
     def fail(self, reason: str) -> None:
         self._wire.cut(reason)
@@ -125,8 +140,10 @@ class MemoryTransport:
         self._config = config
         self.wires: dict[str, MemoryWire] = {}
 
-    def listen(self, on_failure: OnFailure) -> MemoryReceiverLink:
-        offer = LinkOffer("memory", 0, secrets.token_hex(16))
+    beacon = ""
+
+    def listen(self, beacon: str, on_failure: OnFailure) -> MemoryReceiverLink:
+        offer = LinkOffer("memory", 0, secrets.token_hex(16), "memory")
         wire = self.wires[offer.prefix] = MemoryWire()
         return MemoryReceiverLink(offer, wire, self._config, on_failure)
 

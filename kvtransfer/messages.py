@@ -20,6 +20,7 @@ MAX_ASK_NBYTES = MAX_NUM_HASHES * DIGEST_SIZE + (16 << 10)
 MAX_TEXT_LENGTH = 1024  # characters of one string
 MAX_NUM_TOKENS = 4096  # in one commit
 TRANSFER_ID_NBYTES = 16
+NONCE_NBYTES = PROOF_NBYTES = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,9 +52,38 @@ class Terms:
 
 @dataclass(frozen=True, slots=True)
 class Hello:
+    """Who dials whom. What follows on the stream, both ends prove over these very words (handshake.py)."""
+
     sender: PeerRef
     receiver_incarnation: str  # the life that the sender means to talk to
     terms: Terms
+    beacon: str  # what a worker of the same machine can find the sender by (local_socket.py); empty: nothing
+    nonce: bytes
+
+    def __post_init__(self) -> None:
+        _check_nonce(self.nonce)
+
+
+@dataclass(frozen=True, slots=True)
+class Challenge:
+    """Answers a hello: the dialled end proves itself, and names what the dialling end is to prove itself by."""
+
+    nonce: bytes
+    proof: bytes
+
+    def __post_init__(self) -> None:
+        _check_nonce(self.nonce)
+        _check_proof(self.proof)
+
+
+@dataclass(frozen=True, slots=True)
+class Proof:
+    """Answers a challenge. Before it nothing else is heard."""
+
+    proof: bytes
+
+    def __post_init__(self) -> None:
+        _check_proof(self.proof)
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +99,7 @@ class LinkOffer:
     host: str
     port: int
     prefix: str
+    transport: str  # gloo, shared_memory
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,7 +185,6 @@ TransferMessage = Offer | Accept | Refuse | Chunk | Ready | Commit | Ack | Abort
 class PullAsk:
     """Send me these blocks of a prefix, from the first one on as many as there are, in a transfer by this id."""
 
-    hello: Hello
     pull_id: bytes
     kind: TransferKind  # pull or return
     request_id: str
@@ -173,7 +203,6 @@ class PullAsk:
 class ReturnAsk:
     """These blocks of a prefix of yours are here: ask for them, or do not."""
 
-    hello: Hello
     request_id: str
     attempt: int
     block_hashes: bytes  # see pack_hashes
@@ -190,10 +219,12 @@ class Answer:
 
 
 Ask = PullAsk | ReturnAsk
-Message = Hello | HelloRefused | LinkOffer | Ping | TransferMessage | Ask | Answer
+Message = Hello | Challenge | Proof | HelloRefused | LinkOffer | Ping | TransferMessage | Ask | Answer
 
 _KINDS: dict[str, type[Any]] = {
     "hello": Hello,
+    "challenge": Challenge,
+    "proof": Proof,
     "hello_refused": HelloRefused,
     "link": LinkOffer,
     "ping": Ping,
@@ -248,6 +279,16 @@ def pack_hashes(block_hashes: Sequence[bytes]) -> bytes:
 
 def unpack_hashes(packed: bytes) -> tuple[bytes, ...]:
     return tuple(packed[start : start + DIGEST_SIZE] for start in range(0, len(packed), DIGEST_SIZE))
+
+
+def _check_nonce(nonce: bytes) -> None:
+    if len(nonce) != NONCE_NBYTES:
+        raise ValueError(f"a nonce has {NONCE_NBYTES} bytes, not {len(nonce)}")
+
+
+def _check_proof(proof: bytes) -> None:
+    if len(proof) != PROOF_NBYTES:
+        raise ValueError(f"a proof has {PROOF_NBYTES} bytes, not {len(proof)}")
 
 
 def _check_hashes(packed: bytes) -> None:

@@ -11,13 +11,14 @@ import grpc
 
 from kvtransfer.block_store import BlockStore
 from kvtransfer.config import TransferConfig
-from kvtransfer.handshake import mismatch, terms_of
-from kvtransfer.messages import MAX_FRAME_NBYTES, Hello, HelloRefused, LinkOffer, Message
+from kvtransfer.greeter import Greeter
+from kvtransfer.link_meter import LinkMeter
+from kvtransfer.messages import MAX_FRAME_NBYTES, HelloRefused, LinkOffer, Message
 from kvtransfer.peer_channel import ChannelLost, PeerChannel
 from kvtransfer.source_lane import OnGathered, SourceLane
 from kvtransfer.transport import LinkFailed, Transport
 from protos import worker_pb2_grpc
-from protos.types import PeerRef
+from protos.types import LinkStats, PeerRef
 
 logger = logging.getLogger("twinring.kvtransfer")
 
@@ -39,8 +40,8 @@ class OutgoingPeer:
 
     def __init__(
         self,
-        me: PeerRef,
         peer: PeerRef,
+        greeter: Greeter,
         store: BlockStore,
         config: TransferConfig,
         transport: Transport,
@@ -52,7 +53,7 @@ class OutgoingPeer:
         self.lane: SourceLane | None = None
         self.is_warm = asyncio.Event()
         self.not_warm_because = "not connected yet"
-        self._me = me
+        self._greeter = greeter
         self._store = store
         self._config = config
         self._transport = transport
@@ -60,9 +61,17 @@ class OutgoingPeer:
         self._on_gathered = on_gathered
         self._on_lost = on_lost
         self._channel: PeerChannel | None = None
+        self._meter = LinkMeter()
+        self._num_failures = 0
         self._closing_lane: asyncio.Task[None] | None = None
         self._task = asyncio.create_task(self._keep_connected())
         self._task.add_done_callback(_report_bug)
+
+    @property
+    def stats(self) -> LinkStats:
+        meter, lane = self._meter, self.lane
+        transport, num_queued = (lane.transport, lane.num_queued) if lane is not None else ("", 0)
+        return LinkStats(self.peer.worker_id, transport, meter.num_bytes, meter.busy_s, num_queued, self._num_failures)
 
     def send(self, message: Message) -> None:
         """Dropped where there is no stream: the transfer hears of that as a lost link."""
@@ -95,6 +104,7 @@ class OutgoingPeer:
                 logger.error("no KV link to %s: %s", self.peer.worker_id, refused)
                 return
             self.not_warm_because = reason
+            self._num_failures += 1
             logger.warning("KV link to %s is down: %s", self.peer.worker_id, reason)
             pause_s = _FIRST_PAUSE_S if was_warm else min(2 * pause_s, _LONGEST_PAUSE_S)
             await asyncio.sleep(pause_s)
@@ -110,7 +120,7 @@ class OutgoingPeer:
                 await lane.connect()
                 self.lane, self._channel = lane, channel
                 self.is_warm.set()
-                logger.info("KV link to %s is warm", self.peer.worker_id)
+                logger.info("KV link to %s is warm, over %s", self.peer.worker_id, lane.transport)
                 reason = await channel.run(lambda message: self._on_message(self, message))
                 return True, reason
             except (ChannelLost, LinkFailed) as lost:
@@ -122,23 +132,15 @@ class OutgoingPeer:
                     await asyncio.shield(self._closing_lane)  # `drop` may cut this task short, not the closing
 
     async def _shake_hands(self, channel: PeerChannel) -> LinkOffer:
-        mine = terms_of(self._store.layout, self._config)
-        await channel.write(Hello(self._me, self.peer.incarnation, mine))
+        await self._greeter.greet(channel, self.peer, self._transport.beacon)
         answer = await channel.read(self._config.connect_timeout_s)
         if isinstance(answer, HelloRefused):
             if answer.is_final:
                 raise HandshakeRefused(answer.reason)
             raise ChannelLost(answer.reason)
-        if not isinstance(answer, Hello):
-            raise ChannelLost(f"answered a hello by {type(answer).__name__}")
-        if answer.sender.incarnation != self.peer.incarnation:
-            raise HandshakeRefused(f"dialled {self.peer.incarnation}, met {answer.sender.incarnation}")
-        if difference := mismatch(answer.terms, mine):
-            raise HandshakeRefused(difference)
-        offer = await channel.read(self._config.connect_timeout_s)
-        if not isinstance(offer, LinkOffer):
-            raise ChannelLost(f"offered a link by {type(offer).__name__}")
-        return offer
+        if not isinstance(answer, LinkOffer):
+            raise ChannelLost(f"offered a link by {type(answer).__name__}")
+        return answer
 
     def _make_lane(self, channel: PeerChannel, offer: LinkOffer) -> SourceLane:
         loop = asyncio.get_running_loop()
@@ -147,7 +149,8 @@ class OutgoingPeer:
             loop.call_soon_threadsafe(channel.close, f"link: {reason}")
 
         link = self._transport.dial(offer, on_failure)
-        return SourceLane(f"kv-to-{self.peer.worker_id}", link, self._store, self._config, self._on_gathered)
+        name = f"kv-to-{self.peer.worker_id}"
+        return SourceLane(name, link, self._store, self._config, self._meter, self._on_gathered)
 
 
 def _report_bug(task: asyncio.Task[None]) -> None:

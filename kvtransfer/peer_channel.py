@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import grpc
 
 from kvtransfer.config import TransferConfig
-from kvtransfer.messages import Message, Ping, decode, encode
+from kvtransfer.messages import MAX_FRAME_NBYTES, Message, Ping, decode, encode
 from protos import worker_pb2
 
 MAX_NUM_UNSENT = 4096  # frames; a peer that does not read is no peer
@@ -47,7 +47,7 @@ class PeerChannel:
         if not self._ended.done():
             self._ended.set_result(reason)
 
-    async def read(self, timeout_s: float) -> Message:
+    async def read(self, timeout_s: float, max_nbytes: int = MAX_FRAME_NBYTES) -> Message:
         """The next frame, pings included. Raises ChannelLost."""
         try:
             async with asyncio.timeout(timeout_s):
@@ -59,7 +59,7 @@ class PeerChannel:
         if frame is grpc.aio.EOF:
             raise ChannelLost("the peer ended the stream")
         try:
-            return decode(frame.body)
+            return decode(frame.body, max_nbytes)
         except ValueError as error:
             raise ChannelLost(f"malformed frame: {error}") from None
 

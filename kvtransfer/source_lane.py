@@ -1,10 +1,10 @@
-"""The sending end of one link at work: gather, checksum, send. Decides which chunk gets the next free staging slot (the
-most urgent, then the first that came), and nothing about transfers."""
+"""The sending end of one link at work: gather, checksum, send. Decides when a chunk's staging slot is free again; whose
+chunk gets it, turns.py. Knows nothing about transfers."""
 
 from __future__ import annotations
 
 import asyncio
-from bisect import insort
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import Enum, auto
@@ -14,9 +14,11 @@ import torch
 from kvtransfer.block_store import BlockStore
 from kvtransfer.config import TransferConfig
 from kvtransfer.lane_thread import LaneThread, Ticket
+from kvtransfer.link_meter import LinkMeter
 from kvtransfer.staging import StagingRing, as_bytes, checksum_of
 from kvtransfer.transfer import URGENCY
 from kvtransfer.transport import LinkFailed, SenderLink
+from kvtransfer.turns import Turns
 from protos.types import TransferKind
 
 OnGathered = Callable[[bytes, int, int], None]  # transfer_id, seq, checksum
@@ -46,21 +48,35 @@ class SourceLane:
     on_gathered."""
 
     def __init__(
-        self, name: str, link: SenderLink, store: BlockStore, config: TransferConfig, on_gathered: OnGathered
+        self,
+        name: str,
+        link: SenderLink,
+        store: BlockStore,
+        config: TransferConfig,
+        meter: LinkMeter,
+        on_gathered: OnGathered,
     ) -> None:
+        self.transport = link.transport
         self._link = link
+        self._meter = meter
         self._store = store
         num_slot_blocks = config.num_chunk_blocks(store.layout.block_nbytes)
-        self._ring = StagingRing(store.layout, config.num_staging_chunks, num_slot_blocks)
+        self._slot_nbytes = num_slot_blocks * store.layout.block_nbytes
+        self._ring = StagingRing(store.layout, config.num_staging_chunks, num_slot_blocks, link.allocate)
         self._checksum = checksum_of(config.checksum)
         self._on_gathered = on_gathered
         self._loop = asyncio.get_running_loop()
         self._thread = LaneThread(name)
         self._waiter = LaneThread(f"{name}-wait")
         self._join_timeout_s = config.connect_timeout_s + config.chunk_timeout_s
-        self._waiting: list[_Chunk] = []  # by urgency, then as they came
+        self._turns: Turns[_Chunk] = Turns()
         self._chunks: dict[tuple[bytes, int], _Chunk] = {}  # not yet handed to the wire
         self._next_number = 0
+
+    @property
+    def num_queued(self) -> int:
+        """Chunks that are not on the wire yet."""
+        return len(self._chunks)
 
     async def connect(self) -> None:
         await self._thread.run(self._link.connect)
@@ -68,7 +84,7 @@ class SourceLane:
     def gather(self, transfer_id: bytes, seq: int, block_ids: tuple[int, ...], kind: TransferKind) -> None:
         chunk = _Chunk(transfer_id, seq, block_ids, URGENCY.index(kind))
         self._chunks[transfer_id, seq] = chunk
-        insort(self._waiting, chunk, key=lambda each: each.urgency)
+        self._turns.wait(chunk)
         self._fill_slots()
 
     def send(self, transfer_id: bytes, seq: int, number: int) -> None:
@@ -76,13 +92,15 @@ class SourceLane:
         chunk = self._chunks.pop((transfer_id, seq))
         assert chunk.phase is _Phase.STAGED and chunk.slot is not None
         if self._take_number(number):
-            slot, staged = chunk.slot, self._staged(chunk)
-            self._thread.submit(lambda: self._send(number, as_bytes(staged), slot))
+            staged = self._staged(chunk)
+            self._thread.submit(lambda: self._send(number, as_bytes(staged), chunk))
         else:
-            self._free(chunk.slot)
+            self._free(chunk)
 
     def send_filler(self, number: int, num_bytes: int) -> None:
-        if self._take_number(number):
+        if not 0 < num_bytes <= self._slot_nbytes:
+            self._link.fail(f"{num_bytes} bytes asked for, a chunk has at most {self._slot_nbytes}")
+        elif self._take_number(number):
             self._thread.submit(lambda: self._send(number, torch.zeros(num_bytes, dtype=torch.uint8), None))
 
     def cancel(self, transfer_id: bytes) -> list[int]:
@@ -91,13 +109,13 @@ class SourceLane:
         for chunk in [chunk for chunk in self._chunks.values() if chunk.transfer_id == transfer_id]:
             if chunk.phase is _Phase.STAGED:
                 del self._chunks[transfer_id, chunk.seq]
-                self._free(chunk.slot)
+                self._free(chunk)
             elif chunk.ticket.cancel():
                 del self._chunks[transfer_id, chunk.seq]
                 cancelled.append(chunk.seq)
             else:
                 chunk.is_dropped = True
-        self._waiting = [chunk for chunk in self._waiting if (chunk.transfer_id, chunk.seq) in self._chunks]
+        self._turns.drop(transfer_id)
         return cancelled
 
     async def close(self) -> None:
@@ -119,15 +137,15 @@ class SourceLane:
         return False
 
     def _fill_slots(self) -> None:
-        while self._waiting and (slot := self._ring.take()) is not None:
-            chunk = self._waiting.pop(0)
-            chunk.slot = slot
+        while (chunk := self._turns.take(self._ring.num_free)) is not None:
+            chunk.slot = self._ring.take()
             self._thread.submit(lambda chunk=chunk: self._gather(chunk))  # type: ignore[misc]
 
-    def _free(self, slot: int | None) -> None:
-        if slot is not None:
-            self._ring.release(slot)
-            self._fill_slots()
+    def _free(self, chunk: _Chunk) -> None:
+        assert chunk.slot is not None
+        self._ring.release(chunk.slot)
+        self._turns.give_back(chunk)
+        self._fill_slots()
 
     def _staged(self, chunk: _Chunk) -> torch.Tensor:
         assert chunk.slot is not None
@@ -137,7 +155,7 @@ class SourceLane:
 
     def _gather(self, chunk: _Chunk) -> None:
         if not chunk.ticket.begin():
-            self._loop.call_soon_threadsafe(self._free, chunk.slot)
+            self._loop.call_soon_threadsafe(self._free, chunk)
         else:
             staged = self._staged(chunk)
             self._store.gather(chunk.block_ids, staged)
@@ -149,19 +167,22 @@ class SourceLane:
         chunk.phase = _Phase.STAGED
         if chunk.is_dropped:
             del self._chunks[chunk.transfer_id, chunk.seq]
-            self._free(chunk.slot)
+            self._free(chunk)
         self._on_gathered(chunk.transfer_id, chunk.seq, digest)
 
-    def _send(self, number: int, data: torch.Tensor, slot: int | None) -> None:
+    def _send(self, number: int, data: torch.Tensor, chunk: _Chunk | None) -> None:
         try:
             self._link.post(number, data)
         except LinkFailed:
             return  # it has said so itself; the ring goes with the link
-        self._waiter.submit(lambda: self._await_sent(number, slot))
+        began_at = time.monotonic()
+        self._waiter.submit(lambda: self._await_sent(number, chunk, began_at))
 
-    def _await_sent(self, number: int, slot: int | None) -> None:
+    def _await_sent(self, number: int, chunk: _Chunk | None, began_at: float) -> None:
         try:
-            self._link.wait(number)
+            sent = self._link.wait(number)
         except LinkFailed:
             return
-        self._loop.call_soon_threadsafe(self._free, slot)
+        self._meter.count(sent.numel(), began_at, time.monotonic())
+        if chunk is not None:
+            self._loop.call_soon_threadsafe(self._free, chunk)

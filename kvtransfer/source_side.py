@@ -8,6 +8,7 @@ import logging
 from kvtransfer.block_store import BlockStore
 from kvtransfer.config import TransferConfig
 from kvtransfer.counters import TransferCounters
+from kvtransfer.greeter import Greeter
 from kvtransfer.host import TransferHost
 from kvtransfer.messages import Abort, Accept, Message, Ready, Stamp, TransferMessage
 from kvtransfer.outgoing_peer import OutgoingPeer
@@ -29,7 +30,7 @@ from kvtransfer.source_transfer import (
 )
 from kvtransfer.transfer import AbortAsked, CancelWork, LinkLost, Received, Tell, Tick
 from kvtransfer.transport import Transport
-from protos.types import PeerRef, TransferFailure, TransferKind
+from protos.types import LinkStats, PeerRef, TransferFailure, TransferKind
 
 logger = logging.getLogger("twinring.kvtransfer")
 
@@ -45,6 +46,7 @@ class SourceSide:
         config: TransferConfig,
         transport: Transport,
         counters: TransferCounters,
+        greeter: Greeter,
     ) -> None:
         self._me = me
         self._store = store
@@ -52,6 +54,7 @@ class SourceSide:
         self._config = config
         self._transport = transport
         self._counters = counters
+        self._greeter = greeter
         self._loop = asyncio.get_running_loop()
         self._transfers: dict[bytes, SourceTransfer] = {}
         self._peers: dict[str, OutgoingPeer] = {}
@@ -62,9 +65,16 @@ class SourceSide:
     def num_open(self) -> int:
         return len(self._transfers)
 
+    def is_open(self, transfer_id: bytes) -> bool:
+        return transfer_id in self._transfers
+
     @property
     def warm_links(self) -> tuple[str, ...]:
         return tuple(peer.peer.worker_id for peer in self._peers.values() if peer.lane is not None)
+
+    @property
+    def link_stats(self) -> tuple[LinkStats, ...]:
+        return tuple(peer.stats for peer in self._peers.values())
 
     # --- peers ------------------------------------------------------------------------------------------------------
 
@@ -111,8 +121,8 @@ class SourceSide:
         """Once; it then dials again by itself, for as long as it is a member."""
         if member.incarnation not in self._peers:
             self._peers[member.incarnation] = OutgoingPeer(
-                self._me,
                 member,
+                self._greeter,
                 self._store,
                 self._config,
                 self._transport,
@@ -174,7 +184,8 @@ class SourceSide:
             logger.warning("%s sent an unexpected %s", peer.peer.worker_id, type(message).__name__)
             return
         transfer = self._transfers.get(message.stamp.transfer_id)
-        if transfer is not None and transfer.stamp == message.stamp:
+        is_of_peer = message.stamp.destination_incarnation == peer.peer.incarnation
+        if transfer is not None and transfer.stamp == message.stamp and is_of_peer:
             self._apply(transfer, Received(message))
             return
         if transfer is None:

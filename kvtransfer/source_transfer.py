@@ -119,7 +119,7 @@ class SourceTransfer:
         self._failure: TransferFailure | None = None  # in CLOSING
         self._next_seq = 0
         self._gathering: dict[int, BlocksComputed] = {}
-        self._announced: set[int] = set()  # gathered, told to the peer, not yet asked for
+        self._announced: dict[int, int] = {}  # gathered, told to the peer, not yet asked for: how many bytes
 
     @property
     def deadline(self) -> float | None:
@@ -195,9 +195,9 @@ class SourceTransfer:
         if self.state is SourceState.CLOSING:
             return self._close_when_quiet()
         assert isinstance(event, Gathered), "only CancelWork cancels"
-        self._announced.add(event.seq)
         num_blocks = len(blocks.block_ids)
         num_bytes = num_blocks * self._block_nbytes
+        self._announced[event.seq] = num_bytes
         return [Tell(Chunk(self.stamp, event.seq, blocks.first_block, num_blocks, num_bytes, event.checksum))]
 
     def _on_message(self, message: object, now: float) -> list[SourceEffect]:
@@ -228,8 +228,8 @@ class SourceTransfer:
         return effects + self._tell_commit()
 
     def _on_ready(self, message: Ready) -> list[SourceEffect]:
-        if self.state is SourceState.SENDING and message.seq in self._announced:
-            self._announced.remove(message.seq)
+        if self.state is SourceState.SENDING and self._announced.get(message.seq) == message.num_bytes:
+            del self._announced[message.seq]
             return [SendChunk(message.seq, message.number)]
         return [SendFiller(message.number, message.num_bytes)]
 

@@ -17,11 +17,14 @@ class StagingRing:
     """Chunk buffers of one side of one link, allocated once. Invariant: a slot is free or has exactly one owner. Slots
     are taken and given back on one thread; what lies in a taken slot is its owner's business."""
 
-    def __init__(self, layout: KVLayout, num_slots: int, num_slot_blocks: int) -> None:
+    def __init__(
+        self, layout: KVLayout, num_slots: int, num_slot_blocks: int, allocate: Callable[[int], torch.Tensor]
+    ) -> None:
         block_numel = layout.block_nbytes // layout.itemsize
         dtype = _DTYPES[layout.dtype]
         assert dtype.itemsize == layout.itemsize, f"{layout.dtype} does not have {layout.itemsize} bytes"
-        self._slots = [torch.empty(num_slot_blocks, block_numel, dtype=dtype) for _ in range(num_slots)]
+        memory = allocate(num_slots * num_slot_blocks * layout.block_nbytes)  # [num_bytes], uint8
+        self._slots = memory.view(dtype).view(num_slots, num_slot_blocks, block_numel)
         self._free = list(range(num_slots))
 
     def take(self) -> int | None:
@@ -37,6 +40,10 @@ class StagingRing:
 
     def blocks(self, slot: int, num_blocks: int) -> torch.Tensor:  # [num_blocks, block_numel]
         return self._slots[slot][:num_blocks]
+
+
+def private_memory(num_bytes: int) -> torch.Tensor:
+    return torch.empty(num_bytes, dtype=torch.uint8)
 
 
 def as_bytes(blocks: torch.Tensor) -> torch.Tensor:  # [num_bytes], uint8, the same memory

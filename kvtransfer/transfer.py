@@ -13,6 +13,7 @@ accept                 | -> SENDING         | ignore (repeated)                 
 refuse                 | refused            | ignore                             | ignore
 chunk gathered         | -                  | send chunk                         | closed, when it was the last
 ready                  | send filler        | send the chunk; filler if unknown  | send filler
+  for another length   | send filler        | send filler                        | send filler
 ack                    | ignore             | closed; too early: abort, CLOSING  | ignore
 abort asked            | send abort, closed | send abort, CLOSING                | ignore
 abort from the peer    | refused            | CLOSING                            | ignore

@@ -5,8 +5,10 @@ from __future__ import annotations
 import sys
 from array import array
 from collections.abc import Iterable
+from dataclasses import fields
 
 from protos import worker_pb2 as pb
+from protos.cost_model import CostModel, PullCost, prefill_line
 from protos.step_moments import StepKind, StepMoments
 from protos.types import (
     Abort,
@@ -14,8 +16,11 @@ from protos.types import (
     GenerateRequest,
     Handoff,
     HandoffRefused,
+    LinkStats,
     Logprobs,
     PeerRef,
+    PullOutcome,
+    PullStats,
     Retarget,
     Role,
     RouterCommand,
@@ -258,6 +263,9 @@ def _output_from_proto(message: pb.TokenOutput) -> TokenOutput:
     )
 
 
+_LINK_FIELDS = [field.name for field in fields(LinkStats)]
+
+
 def _transfers_to_proto(transfers: TransferStats) -> pb.TransferStats:
     num_failed = {reason.value: num for reason, num in transfers.num_failed}
     return pb.TransferStats(
@@ -265,15 +273,45 @@ def _transfers_to_proto(transfers: TransferStats) -> pb.TransferStats:
         num_bytes=transfers.num_bytes,
         num_failed=num_failed,
         block_nbytes=transfers.block_nbytes,
+        links=[pb.LinkStats(**{name: getattr(link, name) for name in _LINK_FIELDS}) for link in transfers.links],
+        num_refused_peers=transfers.num_refused_peers,
     )
 
 
 def _transfers_from_proto(message: pb.TransferStats) -> TransferStats:
     num_failed = tuple((TransferFailure(reason), num) for reason, num in sorted(message.num_failed.items()))
-    return TransferStats(message.num_completed, message.num_bytes, num_failed, message.block_nbytes)
+    links = tuple(LinkStats(**{name: getattr(link, name) for name in _LINK_FIELDS}) for link in message.links)
+    return TransferStats(
+        message.num_completed, message.num_bytes, num_failed, message.block_nbytes, links, message.num_refused_peers
+    )
+
+
+def _prefill_cost_to_proto(cost: CostModel | None) -> pb.PrefillCost | None:
+    if cost is None:
+        return None
+    return pb.PrefillCost(
+        base_s=cost.prefill_base_s,
+        s_per_token=cost.prefill_s_per_token,
+        s_per_token_pair=cost.prefill_s_per_token_pair,
+    )
+
+
+def _prefill_cost_from_proto(message: pb.PrefillCost) -> CostModel:
+    return prefill_line(message.base_s, message.s_per_token, message.s_per_token_pair)
+
+
+def _pulls_to_proto(pulls: PullStats) -> pb.PullStats:
+    num_by_outcome = {outcome.value: num for outcome, num in pulls.num_by_outcome}
+    return pb.PullStats(num_by_outcome=num_by_outcome, num_tokens=pulls.num_tokens)
+
+
+def _pulls_from_proto(message: pb.PullStats) -> PullStats:
+    num_by_outcome = tuple((PullOutcome(each), num) for each, num in sorted(message.num_by_outcome.items()))
+    return PullStats(num_by_outcome, message.num_tokens)
 
 
 def _stats_to_proto(stats: WorkerStats) -> pb.WorkerStats:
+    pull = stats.pull_cost
     return pb.WorkerStats(
         num_running=stats.num_running,
         num_waiting=stats.num_waiting,
@@ -289,11 +327,17 @@ def _stats_to_proto(stats: WorkerStats) -> pb.WorkerStats:
         num_steps=stats.num_steps,
         transfers=_transfers_to_proto(stats.transfers),
         num_host_blocks=stats.num_host_blocks,
+        num_cached_host_blocks=stats.num_cached_host_blocks,
+        num_host_loaded_tokens=stats.num_host_loaded_tokens,
         step_moments=[pb.StepMoments(kind=each.kind.value, sums=each.sums) for each in stats.step_moments],
+        prefill_cost=_prefill_cost_to_proto(stats.prefill_cost),
+        pull_cost=None if pull is None else pb.PullCost(s_per_token=pull.s_per_token, base_s=pull.base_s),
+        pulls=_pulls_to_proto(stats.pulls),
     )
 
 
 def _stats_from_proto(message: pb.WorkerStats) -> WorkerStats:
+    pull = message.pull_cost
     return WorkerStats(
         num_running=message.num_running,
         num_waiting=message.num_waiting,
@@ -309,7 +353,12 @@ def _stats_from_proto(message: pb.WorkerStats) -> WorkerStats:
         num_steps=message.num_steps,
         transfers=_transfers_from_proto(message.transfers),
         num_host_blocks=message.num_host_blocks,
+        num_cached_host_blocks=message.num_cached_host_blocks,
+        num_host_loaded_tokens=message.num_host_loaded_tokens,
         step_moments=tuple(StepMoments(StepKind(each.kind), tuple(each.sums)) for each in message.step_moments),
+        prefill_cost=_prefill_cost_from_proto(message.prefill_cost) if message.HasField("prefill_cost") else None,
+        pull_cost=PullCost(pull.s_per_token, pull.base_s) if message.HasField("pull_cost") else None,
+        pulls=_pulls_from_proto(message.pulls),
     )
 
 

@@ -93,9 +93,12 @@ def fit_decode(bin_: Matrix) -> PhaseFit:
 def fit_prefill(bins: Sequence[Matrix]) -> PhaseFit:
     """bins in the order of PREFILL_KINDS. Without evidence of a floor it is 0, and the whole is a plain line."""
     _require_steps(bins, "prefill")
-    floored = _with_floor(bins)
-    if floored is not None:
-        return floored
+    return _with_floor(bins) or fit_prefill_line(bins)
+
+
+def fit_prefill_line(bins: Sequence[Matrix]) -> PhaseFit:
+    """Without a floor: in a tenth of the time, and as good for prompts that are longer than where it ends."""
+    _require_steps(bins, "prefill")
     plain = _regress([(each, LINEAR) for each in bins], PREFILL_NAMES)
     return replace(
         plain,

@@ -66,6 +66,22 @@ class CostModel:
         return total_s
 
 
+def prefill_line(base_s: float, s_per_token: float, s_per_token_pair: float) -> CostModel:
+    """Without a floor, and of a worker of which nothing is known about decoding."""
+    return CostModel(base_s, 0.0, s_per_token, s_per_token_pair, 0.0, 0.0, 0.0)
+
+
+@dataclass(frozen=True, slots=True)
+class PullCost:
+    """What a worker waits for KV from another one, in seconds."""
+
+    s_per_token: float
+    base_s: float = 0.0  # question, answer, a link that must be made
+
+    def pull_s(self, num_tokens: int) -> float:
+        return self.base_s + self.s_per_token * num_tokens
+
+
 @dataclass(frozen=True, slots=True)
 class Hardware:
     """One worker's costs and memory. tensor_parallel GPUs make up a worker."""

@@ -137,7 +137,7 @@ class GenerateRequest(_message.Message):
     def __init__(self, request_id: _Optional[str] = ..., text: _Optional[str] = ..., tokenized: _Optional[_Union[TokenizedInput, _Mapping]] = ..., chat: _Optional[_Union[Chat, _Mapping]] = ..., sampling_params: _Optional[_Union[SamplingParams, _Mapping]] = ..., stream: _Optional[bool] = ..., priority: _Optional[int] = ..., output_token_ids: _Optional[bytes] = ...) -> None: ...
 
 class Placement(_message.Message):
-    __slots__ = ("prefill_worker", "prefill_reason", "decode_worker", "decode_reason", "mode", "mode_reason", "attempts", "kv_bytes_moved", "transfer_s", "transfer_exposed_s", "predicted_cached_tokens", "decode_held_tokens", "preemptions", "ttft_s", "tpot_s", "e2e_s")
+    __slots__ = ("prefill_worker", "prefill_reason", "decode_worker", "decode_reason", "mode", "mode_reason", "attempts", "kv_bytes_moved", "transfer_s", "transfer_exposed_s", "predicted_cached_tokens", "decode_held_tokens", "preemptions", "ttft_s", "tpot_s", "e2e_s", "predicted_pulled_tokens", "pulled_tokens", "failed_pulls", "moves", "queued_s")
     PREFILL_WORKER_FIELD_NUMBER: _ClassVar[int]
     PREFILL_REASON_FIELD_NUMBER: _ClassVar[int]
     DECODE_WORKER_FIELD_NUMBER: _ClassVar[int]
@@ -154,6 +154,11 @@ class Placement(_message.Message):
     TTFT_S_FIELD_NUMBER: _ClassVar[int]
     TPOT_S_FIELD_NUMBER: _ClassVar[int]
     E2E_S_FIELD_NUMBER: _ClassVar[int]
+    PREDICTED_PULLED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    PULLED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    FAILED_PULLS_FIELD_NUMBER: _ClassVar[int]
+    MOVES_FIELD_NUMBER: _ClassVar[int]
+    QUEUED_S_FIELD_NUMBER: _ClassVar[int]
     prefill_worker: str
     prefill_reason: str
     decode_worker: str
@@ -170,7 +175,12 @@ class Placement(_message.Message):
     ttft_s: float
     tpot_s: float
     e2e_s: float
-    def __init__(self, prefill_worker: _Optional[str] = ..., prefill_reason: _Optional[str] = ..., decode_worker: _Optional[str] = ..., decode_reason: _Optional[str] = ..., mode: _Optional[_Union[ServingMode, str]] = ..., mode_reason: _Optional[str] = ..., attempts: _Optional[int] = ..., kv_bytes_moved: _Optional[int] = ..., transfer_s: _Optional[float] = ..., transfer_exposed_s: _Optional[float] = ..., predicted_cached_tokens: _Optional[int] = ..., decode_held_tokens: _Optional[int] = ..., preemptions: _Optional[int] = ..., ttft_s: _Optional[float] = ..., tpot_s: _Optional[float] = ..., e2e_s: _Optional[float] = ...) -> None: ...
+    predicted_pulled_tokens: int
+    pulled_tokens: int
+    failed_pulls: int
+    moves: int
+    queued_s: float
+    def __init__(self, prefill_worker: _Optional[str] = ..., prefill_reason: _Optional[str] = ..., decode_worker: _Optional[str] = ..., decode_reason: _Optional[str] = ..., mode: _Optional[_Union[ServingMode, str]] = ..., mode_reason: _Optional[str] = ..., attempts: _Optional[int] = ..., kv_bytes_moved: _Optional[int] = ..., transfer_s: _Optional[float] = ..., transfer_exposed_s: _Optional[float] = ..., predicted_cached_tokens: _Optional[int] = ..., decode_held_tokens: _Optional[int] = ..., preemptions: _Optional[int] = ..., ttft_s: _Optional[float] = ..., tpot_s: _Optional[float] = ..., e2e_s: _Optional[float] = ..., predicted_pulled_tokens: _Optional[int] = ..., pulled_tokens: _Optional[int] = ..., failed_pulls: _Optional[int] = ..., moves: _Optional[int] = ..., queued_s: _Optional[float] = ...) -> None: ...
 
 class GenerateStreamChunk(_message.Message):
     __slots__ = ("token_ids", "text", "first_index", "prompt_tokens", "completion_tokens", "cached_tokens", "choice_index", "logprobs")
@@ -353,23 +363,27 @@ class GetServerInfoResponse(_message.Message):
     def __init__(self, version: _Optional[str] = ..., mode: _Optional[str] = ..., uptime_s: _Optional[float] = ..., max_model_len: _Optional[int] = ..., max_in_flight: _Optional[int] = ..., max_message_bytes: _Optional[int] = ..., max_n: _Optional[int] = ..., max_logprobs: _Optional[int] = ..., max_stop_strings: _Optional[int] = ..., max_stop_len: _Optional[int] = ..., ttft_slo_s: _Optional[float] = ...) -> None: ...
 
 class RouteCandidate(_message.Message):
-    __slots__ = ("worker_id", "num_cached_tokens", "num_pending_tokens", "ttft_estimate_s", "num_free_blocks", "is_home")
+    __slots__ = ("worker_id", "num_cached_tokens", "num_pending_tokens", "ttft_estimate_s", "num_free_blocks", "is_home", "num_pulled_tokens", "num_queued")
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     NUM_CACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     NUM_PENDING_TOKENS_FIELD_NUMBER: _ClassVar[int]
     TTFT_ESTIMATE_S_FIELD_NUMBER: _ClassVar[int]
     NUM_FREE_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     IS_HOME_FIELD_NUMBER: _ClassVar[int]
+    NUM_PULLED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    NUM_QUEUED_FIELD_NUMBER: _ClassVar[int]
     worker_id: str
     num_cached_tokens: int
     num_pending_tokens: int
     ttft_estimate_s: float
     num_free_blocks: int
     is_home: bool
-    def __init__(self, worker_id: _Optional[str] = ..., num_cached_tokens: _Optional[int] = ..., num_pending_tokens: _Optional[int] = ..., ttft_estimate_s: _Optional[float] = ..., num_free_blocks: _Optional[int] = ..., is_home: _Optional[bool] = ...) -> None: ...
+    num_pulled_tokens: int
+    num_queued: int
+    def __init__(self, worker_id: _Optional[str] = ..., num_cached_tokens: _Optional[int] = ..., num_pending_tokens: _Optional[int] = ..., ttft_estimate_s: _Optional[float] = ..., num_free_blocks: _Optional[int] = ..., is_home: _Optional[bool] = ..., num_pulled_tokens: _Optional[int] = ..., num_queued: _Optional[int] = ...) -> None: ...
 
 class ExplainRouteResponse(_message.Message):
-    __slots__ = ("prompt_tokens", "prefill_candidates", "prefill_worker", "prefill_reason", "decode_candidates", "decode_worker", "decode_reason")
+    __slots__ = ("prompt_tokens", "prefill_candidates", "prefill_worker", "prefill_reason", "decode_candidates", "decode_worker", "decode_reason", "view_version")
     PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     PREFILL_CANDIDATES_FIELD_NUMBER: _ClassVar[int]
     PREFILL_WORKER_FIELD_NUMBER: _ClassVar[int]
@@ -377,6 +391,7 @@ class ExplainRouteResponse(_message.Message):
     DECODE_CANDIDATES_FIELD_NUMBER: _ClassVar[int]
     DECODE_WORKER_FIELD_NUMBER: _ClassVar[int]
     DECODE_REASON_FIELD_NUMBER: _ClassVar[int]
+    VIEW_VERSION_FIELD_NUMBER: _ClassVar[int]
     prompt_tokens: int
     prefill_candidates: _containers.RepeatedCompositeFieldContainer[RouteCandidate]
     prefill_worker: str
@@ -384,7 +399,8 @@ class ExplainRouteResponse(_message.Message):
     decode_candidates: _containers.RepeatedCompositeFieldContainer[RouteCandidate]
     decode_worker: str
     decode_reason: str
-    def __init__(self, prompt_tokens: _Optional[int] = ..., prefill_candidates: _Optional[_Iterable[_Union[RouteCandidate, _Mapping]]] = ..., prefill_worker: _Optional[str] = ..., prefill_reason: _Optional[str] = ..., decode_candidates: _Optional[_Iterable[_Union[RouteCandidate, _Mapping]]] = ..., decode_worker: _Optional[str] = ..., decode_reason: _Optional[str] = ...) -> None: ...
+    view_version: int
+    def __init__(self, prompt_tokens: _Optional[int] = ..., prefill_candidates: _Optional[_Iterable[_Union[RouteCandidate, _Mapping]]] = ..., prefill_worker: _Optional[str] = ..., prefill_reason: _Optional[str] = ..., decode_candidates: _Optional[_Iterable[_Union[RouteCandidate, _Mapping]]] = ..., decode_worker: _Optional[str] = ..., decode_reason: _Optional[str] = ..., view_version: _Optional[int] = ...) -> None: ...
 
 class ClusterEvent(_message.Message):
     __slots__ = ("at_unix_s", "message")
@@ -399,7 +415,7 @@ class GetStatusRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class GetStatusResponse(_message.Message):
-    __slots__ = ("ready", "message", "mode", "model", "version", "num_requests_in_flight", "num_requests_finished", "num_failovers", "membership_version", "workers", "events")
+    __slots__ = ("ready", "message", "mode", "model", "version", "num_requests_in_flight", "num_requests_finished", "num_failovers", "view_version", "workers", "events", "router_id")
     READY_FIELD_NUMBER: _ClassVar[int]
     MESSAGE_FIELD_NUMBER: _ClassVar[int]
     MODE_FIELD_NUMBER: _ClassVar[int]
@@ -408,9 +424,10 @@ class GetStatusResponse(_message.Message):
     NUM_REQUESTS_IN_FLIGHT_FIELD_NUMBER: _ClassVar[int]
     NUM_REQUESTS_FINISHED_FIELD_NUMBER: _ClassVar[int]
     NUM_FAILOVERS_FIELD_NUMBER: _ClassVar[int]
-    MEMBERSHIP_VERSION_FIELD_NUMBER: _ClassVar[int]
+    VIEW_VERSION_FIELD_NUMBER: _ClassVar[int]
     WORKERS_FIELD_NUMBER: _ClassVar[int]
     EVENTS_FIELD_NUMBER: _ClassVar[int]
+    ROUTER_ID_FIELD_NUMBER: _ClassVar[int]
     ready: bool
     message: str
     mode: str
@@ -419,7 +436,8 @@ class GetStatusResponse(_message.Message):
     num_requests_in_flight: int
     num_requests_finished: int
     num_failovers: int
-    membership_version: int
+    view_version: int
     workers: _containers.RepeatedCompositeFieldContainer[WorkerLoad]
     events: _containers.RepeatedCompositeFieldContainer[ClusterEvent]
-    def __init__(self, ready: _Optional[bool] = ..., message: _Optional[str] = ..., mode: _Optional[str] = ..., model: _Optional[str] = ..., version: _Optional[str] = ..., num_requests_in_flight: _Optional[int] = ..., num_requests_finished: _Optional[int] = ..., num_failovers: _Optional[int] = ..., membership_version: _Optional[int] = ..., workers: _Optional[_Iterable[_Union[WorkerLoad, _Mapping]]] = ..., events: _Optional[_Iterable[_Union[ClusterEvent, _Mapping]]] = ...) -> None: ...
+    router_id: str
+    def __init__(self, ready: _Optional[bool] = ..., message: _Optional[str] = ..., mode: _Optional[str] = ..., model: _Optional[str] = ..., version: _Optional[str] = ..., num_requests_in_flight: _Optional[int] = ..., num_requests_finished: _Optional[int] = ..., num_failovers: _Optional[int] = ..., view_version: _Optional[int] = ..., workers: _Optional[_Iterable[_Union[WorkerLoad, _Mapping]]] = ..., events: _Optional[_Iterable[_Union[ClusterEvent, _Mapping]]] = ..., router_id: _Optional[str] = ...) -> None: ...

@@ -7,6 +7,7 @@ from array import array
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+from protos.cost_model import CostModel, PullCost
 from protos.step_moments import StepMoments
 
 PROTOCOL_VERSION = 1
@@ -173,6 +174,18 @@ class HandoffRefused:
 
 
 @dataclass(frozen=True, slots=True)
+class LinkStats:
+    """Of one link out of a worker; sums since it first dialled that other one."""
+
+    worker_id: str  # where to
+    transport: str  # gloo, shared_memory; empty: not connected
+    num_bytes: int = 0
+    busy_s: float = 0.0  # with at least one chunk on its way
+    num_queued: int = 0  # chunks that wait, or are being gathered
+    num_failures: int = 0  # lost, or not made
+
+
+@dataclass(frozen=True, slots=True)
 class TransferStats:
     """Of one worker since its life began; a transfer counts at each of its ends."""
 
@@ -180,6 +193,25 @@ class TransferStats:
     num_bytes: int = 0  # received
     num_failed: tuple[tuple[TransferFailure, int], ...] = ()  # by name
     block_nbytes: int = 0  # of one KV block, as it travels
+    links: tuple[LinkStats, ...] = ()  # out of this worker
+    num_refused_peers: int = 0  # streams of who is no member, or does not know the cluster's secret
+
+
+class PullOutcome(StrEnum):
+    """What came of asking another worker for a prefix."""
+
+    DONE = "done"
+    REFUSED = "refused"  # it had nothing of it, or served enough others; or there was no room here
+    LOST = "lost"  # on the way
+    LATE = "late"  # nobody waited any longer
+
+
+@dataclass(frozen=True, slots=True)
+class PullStats:
+    """Of one worker since its life began. A pull that several requests wait for counts once."""
+
+    num_by_outcome: tuple[tuple[PullOutcome, int], ...] = ()  # by name
+    num_tokens: int = 0  # that came
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,6 +231,11 @@ class WorkerStats:
     transfers: TransferStats = TransferStats()
     num_host_blocks: int = 0  # of host memory, where evicted KV is kept
     step_moments: tuple[StepMoments, ...] = ()  # of the kinds of steps that there were, by name
+    prefill_cost: CostModel | None = None  # fitted to its latest steps; None: they do not say. Nothing of decode
+    pull_cost: PullCost | None = None  # as measured, set or assumed; None: it does not pull
+    pulls: PullStats = PullStats()
+    num_cached_host_blocks: int = 0
+    num_host_loaded_tokens: int = 0  # brought back from host memory
 
 
 @dataclass(frozen=True, slots=True)

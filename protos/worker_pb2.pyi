@@ -246,7 +246,7 @@ class WorkerHello(_message.Message):
     def __init__(self, protocol_version: _Optional[int] = ..., worker_id: _Optional[str] = ..., incarnation: _Optional[str] = ..., role: _Optional[str] = ..., model_fingerprint: _Optional[str] = ..., pid: _Optional[int] = ...) -> None: ...
 
 class TransferStats(_message.Message):
-    __slots__ = ("num_completed", "num_bytes", "num_failed", "block_nbytes")
+    __slots__ = ("num_completed", "num_bytes", "num_failed", "block_nbytes", "links", "num_refused_peers")
     class NumFailedEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -258,11 +258,31 @@ class TransferStats(_message.Message):
     NUM_BYTES_FIELD_NUMBER: _ClassVar[int]
     NUM_FAILED_FIELD_NUMBER: _ClassVar[int]
     BLOCK_NBYTES_FIELD_NUMBER: _ClassVar[int]
+    LINKS_FIELD_NUMBER: _ClassVar[int]
+    NUM_REFUSED_PEERS_FIELD_NUMBER: _ClassVar[int]
     num_completed: int
     num_bytes: int
     num_failed: _containers.ScalarMap[str, int]
     block_nbytes: int
-    def __init__(self, num_completed: _Optional[int] = ..., num_bytes: _Optional[int] = ..., num_failed: _Optional[_Mapping[str, int]] = ..., block_nbytes: _Optional[int] = ...) -> None: ...
+    links: _containers.RepeatedCompositeFieldContainer[LinkStats]
+    num_refused_peers: int
+    def __init__(self, num_completed: _Optional[int] = ..., num_bytes: _Optional[int] = ..., num_failed: _Optional[_Mapping[str, int]] = ..., block_nbytes: _Optional[int] = ..., links: _Optional[_Iterable[_Union[LinkStats, _Mapping]]] = ..., num_refused_peers: _Optional[int] = ...) -> None: ...
+
+class LinkStats(_message.Message):
+    __slots__ = ("worker_id", "transport", "num_bytes", "busy_s", "num_queued", "num_failures")
+    WORKER_ID_FIELD_NUMBER: _ClassVar[int]
+    TRANSPORT_FIELD_NUMBER: _ClassVar[int]
+    NUM_BYTES_FIELD_NUMBER: _ClassVar[int]
+    BUSY_S_FIELD_NUMBER: _ClassVar[int]
+    NUM_QUEUED_FIELD_NUMBER: _ClassVar[int]
+    NUM_FAILURES_FIELD_NUMBER: _ClassVar[int]
+    worker_id: str
+    transport: str
+    num_bytes: int
+    busy_s: float
+    num_queued: int
+    num_failures: int
+    def __init__(self, worker_id: _Optional[str] = ..., transport: _Optional[str] = ..., num_bytes: _Optional[int] = ..., busy_s: _Optional[float] = ..., num_queued: _Optional[int] = ..., num_failures: _Optional[int] = ...) -> None: ...
 
 class StepMoments(_message.Message):
     __slots__ = ("kind", "sums")
@@ -272,8 +292,41 @@ class StepMoments(_message.Message):
     sums: _containers.RepeatedScalarFieldContainer[float]
     def __init__(self, kind: _Optional[str] = ..., sums: _Optional[_Iterable[float]] = ...) -> None: ...
 
+class PrefillCost(_message.Message):
+    __slots__ = ("base_s", "s_per_token", "s_per_token_pair")
+    BASE_S_FIELD_NUMBER: _ClassVar[int]
+    S_PER_TOKEN_FIELD_NUMBER: _ClassVar[int]
+    S_PER_TOKEN_PAIR_FIELD_NUMBER: _ClassVar[int]
+    base_s: float
+    s_per_token: float
+    s_per_token_pair: float
+    def __init__(self, base_s: _Optional[float] = ..., s_per_token: _Optional[float] = ..., s_per_token_pair: _Optional[float] = ...) -> None: ...
+
+class PullCost(_message.Message):
+    __slots__ = ("s_per_token", "base_s")
+    S_PER_TOKEN_FIELD_NUMBER: _ClassVar[int]
+    BASE_S_FIELD_NUMBER: _ClassVar[int]
+    s_per_token: float
+    base_s: float
+    def __init__(self, s_per_token: _Optional[float] = ..., base_s: _Optional[float] = ...) -> None: ...
+
+class PullStats(_message.Message):
+    __slots__ = ("num_by_outcome", "num_tokens")
+    class NumByOutcomeEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: int
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[int] = ...) -> None: ...
+    NUM_BY_OUTCOME_FIELD_NUMBER: _ClassVar[int]
+    NUM_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    num_by_outcome: _containers.ScalarMap[str, int]
+    num_tokens: int
+    def __init__(self, num_by_outcome: _Optional[_Mapping[str, int]] = ..., num_tokens: _Optional[int] = ...) -> None: ...
+
 class WorkerStats(_message.Message):
-    __slots__ = ("num_running", "num_waiting", "num_blocks", "num_free_blocks", "num_cached_blocks", "num_held_blocks", "num_leased_blocks", "ledger_balanced", "num_pending_prefill_tokens", "prefill_s_per_token", "warm_links", "num_steps", "transfers", "num_host_blocks", "step_moments")
+    __slots__ = ("num_running", "num_waiting", "num_blocks", "num_free_blocks", "num_cached_blocks", "num_held_blocks", "num_leased_blocks", "ledger_balanced", "num_pending_prefill_tokens", "prefill_s_per_token", "warm_links", "num_steps", "transfers", "num_host_blocks", "num_cached_host_blocks", "num_host_loaded_tokens", "step_moments", "prefill_cost", "pull_cost", "pulls")
     NUM_RUNNING_FIELD_NUMBER: _ClassVar[int]
     NUM_WAITING_FIELD_NUMBER: _ClassVar[int]
     NUM_BLOCKS_FIELD_NUMBER: _ClassVar[int]
@@ -288,7 +341,12 @@ class WorkerStats(_message.Message):
     NUM_STEPS_FIELD_NUMBER: _ClassVar[int]
     TRANSFERS_FIELD_NUMBER: _ClassVar[int]
     NUM_HOST_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    NUM_CACHED_HOST_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    NUM_HOST_LOADED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     STEP_MOMENTS_FIELD_NUMBER: _ClassVar[int]
+    PREFILL_COST_FIELD_NUMBER: _ClassVar[int]
+    PULL_COST_FIELD_NUMBER: _ClassVar[int]
+    PULLS_FIELD_NUMBER: _ClassVar[int]
     num_running: int
     num_waiting: int
     num_blocks: int
@@ -303,8 +361,13 @@ class WorkerStats(_message.Message):
     num_steps: int
     transfers: TransferStats
     num_host_blocks: int
+    num_cached_host_blocks: int
+    num_host_loaded_tokens: int
     step_moments: _containers.RepeatedCompositeFieldContainer[StepMoments]
-    def __init__(self, num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., num_blocks: _Optional[int] = ..., num_free_blocks: _Optional[int] = ..., num_cached_blocks: _Optional[int] = ..., num_held_blocks: _Optional[int] = ..., num_leased_blocks: _Optional[int] = ..., ledger_balanced: _Optional[bool] = ..., num_pending_prefill_tokens: _Optional[int] = ..., prefill_s_per_token: _Optional[float] = ..., warm_links: _Optional[_Iterable[str]] = ..., num_steps: _Optional[int] = ..., transfers: _Optional[_Union[TransferStats, _Mapping]] = ..., num_host_blocks: _Optional[int] = ..., step_moments: _Optional[_Iterable[_Union[StepMoments, _Mapping]]] = ...) -> None: ...
+    prefill_cost: PrefillCost
+    pull_cost: PullCost
+    pulls: PullStats
+    def __init__(self, num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., num_blocks: _Optional[int] = ..., num_free_blocks: _Optional[int] = ..., num_cached_blocks: _Optional[int] = ..., num_held_blocks: _Optional[int] = ..., num_leased_blocks: _Optional[int] = ..., ledger_balanced: _Optional[bool] = ..., num_pending_prefill_tokens: _Optional[int] = ..., prefill_s_per_token: _Optional[float] = ..., warm_links: _Optional[_Iterable[str]] = ..., num_steps: _Optional[int] = ..., transfers: _Optional[_Union[TransferStats, _Mapping]] = ..., num_host_blocks: _Optional[int] = ..., num_cached_host_blocks: _Optional[int] = ..., num_host_loaded_tokens: _Optional[int] = ..., step_moments: _Optional[_Iterable[_Union[StepMoments, _Mapping]]] = ..., prefill_cost: _Optional[_Union[PrefillCost, _Mapping]] = ..., pull_cost: _Optional[_Union[PullCost, _Mapping]] = ..., pulls: _Optional[_Union[PullStats, _Mapping]] = ...) -> None: ...
 
 class WorkerFrame(_message.Message):
     __slots__ = ("hello", "heartbeat", "outputs", "refusals", "stats")

@@ -113,7 +113,7 @@ class PeerStub:
                 request_serializer=protos_dot_worker__pb2.PeerFrame.SerializeToString,
                 response_deserializer=protos_dot_worker__pb2.PeerFrame.FromString,
                 _registered_method=True)
-        self.Ask = channel.unary_unary(
+        self.Ask = channel.stream_stream(
                 '/twinring.v1.Peer/Ask',
                 request_serializer=protos_dot_worker__pb2.PeerFrame.SerializeToString,
                 response_deserializer=protos_dot_worker__pb2.PeerFrame.FromString,
@@ -130,8 +130,9 @@ class PeerServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
-    def Ask(self, request, context):
-        """A question of one worker to another, for a pull or about a return, and its answer: frames of the same kind.
+    def Ask(self, request_iterator, context):
+        """A question of one worker to another, for a pull or about a return, and its answer: frames of the same kind, after
+        the same handshake.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -145,7 +146,7 @@ def add_PeerServicer_to_server(servicer, server):
                     request_deserializer=protos_dot_worker__pb2.PeerFrame.FromString,
                     response_serializer=protos_dot_worker__pb2.PeerFrame.SerializeToString,
             ),
-            'Ask': grpc.unary_unary_rpc_method_handler(
+            'Ask': grpc.stream_stream_rpc_method_handler(
                     servicer.Ask,
                     request_deserializer=protos_dot_worker__pb2.PeerFrame.FromString,
                     response_serializer=protos_dot_worker__pb2.PeerFrame.SerializeToString,
@@ -189,7 +190,7 @@ class Peer:
             _registered_method=True)
 
     @staticmethod
-    def Ask(request,
+    def Ask(request_iterator,
             target,
             options=(),
             channel_credentials=None,
@@ -199,8 +200,8 @@ class Peer:
             wait_for_ready=None,
             timeout=None,
             metadata=None):
-        return grpc.experimental.unary_unary(
-            request,
+        return grpc.experimental.stream_stream(
+            request_iterator,
             target,
             '/twinring.v1.Peer/Ask',
             protos_dot_worker__pb2.PeerFrame.SerializeToString,

@@ -17,13 +17,18 @@ class RequestAccount:
     mode_reason: str
     num_attempts: int
     num_predicted_cached_tokens: int
-    num_cached_tokens: int
+    num_predicted_pulled_tokens: int
+    num_cached_tokens: int  # without those that were pulled
+    num_pulled_tokens: int
+    num_failed_pulls: int
     num_held_tokens: int
     num_kv_bytes: int
     transfer_s: float
     transfer_exposed_s: float
     num_preemptions: int
-    queued_s: float
+    num_moves: int  # from one of the router's queues to another
+    queued_s: float  # at the router and on the worker that prefills
+    pull_s: float  # of it, waiting for pulls, in vain or not
     prefill_s: float
     ttft_s: float
     tpot_s: float

@@ -155,6 +155,10 @@ class Calls:
             self._driver.feed(AbortRequested(request_id))
         return bool(request_ids)
 
+    @property
+    def view_version(self) -> int:
+        return self._status.view_version
+
     def explain(self, arrived: Arrived) -> Explanation:
         request = arrived.request
         return explain(

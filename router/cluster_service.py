@@ -46,7 +46,8 @@ class ClusterService(ClusterServicer):
             num_requests_in_flight=self._router.num_in_flight,
             num_requests_finished=statistics.num_finished,
             num_failovers=statistics.num_failovers,
-            membership_version=self._status.membership_version,
+            view_version=self._status.view_version,
+            router_id=self._status.router_id,
             workers=self._worker_loads(),
             events=[pb.ClusterEvent(at_unix_s=event.at_unix_s, message=event.message) for event in self._status.events],
         )

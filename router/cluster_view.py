@@ -4,15 +4,17 @@ requests."""
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from collections import UserDict, defaultdict
+from collections import UserDict, defaultdict, deque
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
+from protos.cost_model import CostModel
 from protos.types import PeerRef, Role, WorkerStats
 from router.config import RouterConfig
 from router.decode_peak import Decoding
 from router.eviction_regret import EvictionRegret
 from router.hash_ring import RingPair
-from router.key_depth import KeyDepths
+from router.key_depth import DepthSnapshot, DepthTable, KeyDepths
 from router.last_places import LastPlaces
 from router.policy import Candidate, by_pending, by_room
 from router.prefix_index import PrefixIndex, unheeded
@@ -41,6 +43,15 @@ class Tally(UserDict[str, int]):
         self._on_change()
 
 
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """Where the KV of a prompt and its answer is, and of how many tokens. What was generated has no links here: whether
+    another prompt goes on with it is a guess."""
+
+    worker_id: str
+    num_tokens: int
+
+
 class WorkerView:
     """One life of one worker, as this router sees it; on_load is called when what it is ranked by may have changed.
 
@@ -66,7 +77,8 @@ class WorkerView:
         order = make_order(config.queue_order, config.max_queue_wait_s)
         self.queue = WorkerQueue(order, config.dispatch_tokens, lambda: on_load(self))
         self.rebalanced_at = float("-inf")  # when its queue was last looked through
-        self._cost = config.cost
+        self._fixed_cost = config.cost
+        self._pull_s_per_token = config.pull_s_per_token
         self._estimates_by_order = config.estimates_by_order
 
     @property
@@ -102,15 +114,25 @@ class WorkerView:
     def backlog_s(self, prefill_s: float) -> float:
         """How long a request that takes prefill_s would wait for its turn, by the order of the queue where estimates go
         by that: else behind all that is queued."""
-        if self._cost is None:
-            return self.num_pending_tokens * self.stats.prefill_s_per_token
         return self.sent_s + (self.queue.work_before_s(prefill_s) if self._estimates_by_order else self.queue.work_s)
 
     def prefill_s(self, num_new_tokens: int, num_cached_tokens: int) -> float:
-        """By the cost model, else as the worker has measured: 0 until it has."""
+        """By the cost model, else by what the worker says a token takes: 0 until it does."""
         if self._cost is None:
             return num_new_tokens * self.stats.prefill_s_per_token
         return self._cost.prefill_s([(num_new_tokens, num_cached_tokens)])
+
+    def pull_s(self, num_tokens: int) -> float:
+        """To fetch so much KV from another worker; for ever, where it does not pull."""
+        if self._pull_s_per_token is None:
+            cost = self.stats.pull_cost
+            return float("inf") if cost is None else cost.pull_s(num_tokens)
+        return num_tokens * self._pull_s_per_token if self._pull_s_per_token else float("inf")
+
+    @property
+    def _cost(self) -> CostModel | None:
+        """The settings', else what the worker has fitted to its steps."""
+        return self._fixed_cost or self.stats.prefill_cost
 
     def charge(self, request_id: str, num_tokens: int, prefill_s: float) -> None:
         """It was sent, with so much to compute."""
@@ -145,10 +167,14 @@ class ClusterView:
         self._prefill: Ranking[WorkerView] = Ranking(by_pending)
         self._decode: Ranking[WorkerView] = Ranking(by_room)
         self.workers: dict[str, WorkerView] = {}
-        self._depths = KeyDepths(config.key_depth) if config.adapts_key_depth else None
+        self._decides = KeyDepths(config.key_depth) if config.adapts_key_depth else None
+        self._depths = self._decides.table if self._decides else None
+        self._follows_depths = False
+        self._observed: deque[tuple[bytes, ...]] = deque(maxlen=config.key_depth.window)  # for whoever decides
         self.prefill_worker_ids: list[str] = []  # sorted: the same in every router
         self.num_pending_tokens = 0  # of all that prefill
-        self._last_places = LastPlaces()
+        self._last_places = LastPlaces[str]()
+        self._answers = LastPlaces[Answer]()
         self.regret = EvictionRegret(INITIAL_MAX_LINKS)
         self._counted: dict[str, int] = defaultdict(int)  # what each has added to it
         self._changed: dict[str, WorkerView] = {}  # their load has changed while requests were queued
@@ -216,8 +242,20 @@ class ClusterView:
 
     def observe(self, links: Sequence[bytes]) -> None:
         """A request was taken: where key depths adapt, its prefixes count from now on."""
-        if self._depths is not None and self.prefill_worker_ids:
-            self._depths.observe(links, len(self.prefill_worker_ids))
+        if self._follows_depths:
+            self._observed.append(tuple(links[: self._config.key_depth.max_blocks]))
+        elif self._decides is not None and self.prefill_worker_ids:
+            self._decides.observe(links, len(self.prefill_worker_ids))
+
+    def follow(self, depths: DepthSnapshot) -> None:
+        """Key depths are another's to decide from now on: these."""
+        self._follows_depths, self._depths = True, DepthTable(self._config.key_depth, depths)
+
+    def take_observed(self) -> tuple[tuple[bytes, ...], ...]:
+        """The prefixes of the requests taken since this was last asked, for whoever decides on key depths."""
+        observed = tuple(self._observed)
+        self._observed.clear()
+        return observed
 
     def home_worker_ids(self, links: Sequence[bytes]) -> tuple[str, ...]:
         """The home pair of a prompt."""
@@ -235,6 +273,17 @@ class ClusterView:
         """The worker, where it is up, that was given the longest prompt which this one continues or repeats."""
         worker_id = self._last_places.find(links)
         return worker_id if worker_id in self.rings.members else None
+
+    def note_answer(self, view: WorkerView, links: Sequence[bytes], num_tokens: int) -> None:
+        """It has decoded the answer to this prompt, and has the KV of so many tokens of both."""
+        self._answers.note(links, Answer(view.worker_id, num_tokens))
+
+    def answer(self, links: Sequence[bytes], num_tokens: int) -> Answer | None:
+        """To the longest prompt that this one of num_tokens tokens may continue, where the worker that has its KV is
+        up. A next turn is longer than the last one with its answer; another question is mostly not."""
+        found = self._answers.find(links)
+        is_here = found is not None and found.worker_id in self.workers and found.num_tokens < num_tokens
+        return found if is_here else None
 
     def candidate(self, view: WorkerView, links: Sequence[bytes], num_tokens: int) -> Candidate:
         block = self._config.hash_block_size

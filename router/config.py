@@ -40,13 +40,13 @@ class RouterConfig:
     max_local_prefill_tokens: int = 0  # that a decode worker computes at a time in place of handoffs; 0: none
 
     # Queues of the router, one for each worker that prefills
-    dispatch_tokens: int = 0  # sent to a worker and not yet prefilled, before more wait here; 0: all are sent at once
-    queue_order: QueueOrderName = "first_come"  # of requests with the same priority
+    dispatch_tokens: int = 1024  # sent to a worker ahead of its work; null: what two steps compute; 0: no limit
+    queue_order: QueueOrderName = "shortest_remaining"  # of requests with the same priority
     estimates_by_order: bool = True  # a wait is what the order puts before a request; off: all that is queued there
     max_queue_wait_s: float = 30.0  # whoever has waited longer goes first, in every order
     rebalances: bool = False  # queued requests move within their home pair when they would miss ttft_slo_s
-    cost: CostModel | None = None  # of a worker's steps; without one, estimates go by what the worker has measured
-    pull_s_per_token: float = 0.0  # to fetch KV from a prefix's home; 0: workers do not
+    cost: CostModel | None = None  # of a worker's steps; null: as each worker measures them
+    pull_s_per_token: float | None = None  # to fetch KV from another worker; null: as each says; 0: none is told to
     returns: bool = False  # home_pair: what was computed away from home is brought there, where workers pull
 
     # Requests in flight
@@ -96,8 +96,9 @@ class RouterConfig:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         for name in ("dispatch_tokens", "max_queue_wait_s", "pull_s_per_token", "max_local_prefill_tokens"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+            value = getattr(self, name)
+            if value is not None and not value >= 0:
+                raise ValueError(f"{name} must not be negative, got {value}")
         for name, names in (
             ("queue_order", get_args(QueueOrderName)),
             ("decode_policy", get_args(DecodePolicyName)),

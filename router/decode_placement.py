@@ -33,7 +33,7 @@ class DecodePlacement:
         self._policy = _policy(config)
         self._num_candidates = 1 if config.decode_policy == "most_free_blocks" else config.num_decode_candidates
         self._outputs = OutputLengths(NUM_RECENT_OUTPUTS)
-        self._last_places = LastPlaces()
+        self._last_places = LastPlaces[str]()
 
     def note_output(self, num_output_tokens: int) -> None:
         """An answer has ended by itself."""

@@ -14,27 +14,11 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from protos.types import GenerateRequest
 from router.config import RouterConfig
-from router.events import (
-    AbortRequested,
-    Arrived,
-    ClientCancelled,
-    Effect,
-    Event,
-    Fail,
-    Reported,
-    Send,
-    StopMatched,
-    Tick,
-    WorkerDown,
-    WorkerUp,
-)
+from router.events import Effect, Event, Fail, Send
 
 Json = Any  # what json.dumps takes and json.loads gives
 NO_TOKENS = array("i")
-KINDS: dict[str, type[Event]] = {
-    kind.__name__: kind
-    for kind in (Arrived, ClientCancelled, AbortRequested, StopMatched, WorkerUp, WorkerDown, Reported, Tick)
-}
+KINDS: dict[str, type[Event]] = {kind.__name__: kind for kind in get_args(Event)}
 
 
 def encode_event(event: Event) -> Json:

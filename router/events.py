@@ -7,6 +7,7 @@ from enum import StrEnum
 
 from protos.types import Abort, FinishReason, GenerateRequest, Logprobs, PeerRef, Retarget, WorkerReport
 from router.account import RequestAccount
+from router.key_depth import DepthSnapshot
 
 # --- events -------------------------------------------------------------------------------------------------------
 
@@ -63,11 +64,20 @@ class Reported:
 
 
 @dataclass(frozen=True, slots=True)
+class DepthsPublished:
+    """What is decided on key depths for all routers; from the first of these on, nothing is decided here."""
+
+    depths: DepthSnapshot
+
+
+@dataclass(frozen=True, slots=True)
 class Tick:
     """Time has passed."""
 
 
-Event = Arrived | ClientCancelled | AbortRequested | StopMatched | WorkerUp | WorkerDown | Reported | Tick
+Event = (
+    Arrived | ClientCancelled | AbortRequested | StopMatched | WorkerUp | WorkerDown | Reported | DepthsPublished | Tick
+)
 
 # --- effects ------------------------------------------------------------------------------------------------------
 

@@ -74,7 +74,7 @@ class FrontDoor(InferenceServicer):
     async def ExplainRoute(self, message: pb.GenerateRequest, context: Context) -> pb.ExplainRouteResponse:
         _, arrived = await self._arrive(message, await self._caller(context), context)
         request = arrived.request
-        return explain_response(self._calls.explain(arrived), request.num_prompt_tokens)
+        return explain_response(self._calls.explain(arrived), request.num_prompt_tokens, self._calls.view_version)
 
     async def GetLoads(self, message: pb.GetLoadsRequest, context: Any) -> pb.GetLoadsResponse:
         await authenticate(self._calls, context, operators_only=True)

@@ -56,6 +56,7 @@ class InFlight:
     ready_since: float = 0.0  # since it came, or its last attempt failed, it may be sent
     waiting_since: float = 0.0
     num_attempts: int = 0
+    num_moves: int = 0  # from one queue to another
     last_failure: str = ""  # why the last attempt failed
     first_token_at: float | None = None
     last_token_at: float = 0.0
@@ -127,13 +128,18 @@ class InFlight:
             mode_reason=mode_reason,
             num_attempts=self.num_attempts,
             num_predicted_cached_tokens=plan.num_predicted_cached_tokens if plan else 0,
+            num_predicted_pulled_tokens=plan.num_predicted_pulled_tokens if plan else 0,
             num_cached_tokens=prefill.num_cached_tokens,
+            num_pulled_tokens=prefill.num_pulled_tokens,
+            num_failed_pulls=prefill.num_failed_pulls,
             num_held_tokens=decode.num_held_tokens,
             num_kv_bytes=decode.num_kv_bytes,
             transfer_s=decode.transfer_s,
             transfer_exposed_s=decode.transfer_exposed_s,
             num_preemptions=sum(a.num_preemptions for a in self.attempt.accounts.values()) if self.attempt else 0,
+            num_moves=self.num_moves,
             queued_s=prefill.queued_s + (self.attempt.queued_s if self.attempt else 0.0),
+            pull_s=prefill.pull_s,
             prefill_s=prefill.prefill_s,
             ttft_s=first_token_at - self.arrived_at,
             tpot_s=(self.last_token_at - first_token_at) / (num_tokens - 1) if num_tokens > 1 else 0.0,

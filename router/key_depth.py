@@ -49,20 +49,35 @@ class DepthChange:
     extends: bool
 
 
+@dataclass(frozen=True, slots=True)
+class DepthSnapshot:
+    """A whole table, for another router's."""
+
+    version: int = 0
+    extended: tuple[bytes, ...] = ()  # sorted
+    changed: tuple[tuple[bytes, int], ...] = ()  # links of the latest changes and their versions, oldest first
+
+
+EMPTY = DepthSnapshot()
+
+
 class DepthTable:
     """Which prefixes are told apart by what follows them.
 
     Invariant: the table is a function of the changes applied to it, one for each version; so routers that have applied
     the same ones name the same depths."""
 
-    def __init__(self, config: KeyDepthConfig) -> None:
-        self.version = 0
+    def __init__(self, config: KeyDepthConfig, snapshot: DepthSnapshot = EMPTY) -> None:
+        self.version = snapshot.version
         self._config = config
-        self._extended: set[bytes] = set()
-        self._changed_at: OrderedDict[bytes, int] = OrderedDict()  # version by link, the latest `window` changes
+        self._extended = set(snapshot.extended)
+        self._changed_at = OrderedDict(snapshot.changed)  # version by link, the latest `window` changes
 
     def __len__(self) -> int:
         return len(self._extended)
+
+    def snapshot(self) -> DepthSnapshot:
+        return DepthSnapshot(self.version, tuple(sorted(self._extended)), tuple(self._changed_at.items()))
 
     def is_extended(self, link: bytes) -> bool:
         return link in self._extended
@@ -94,6 +109,13 @@ class DepthTable:
         previous = self._walk(links, max(on_way, key=self._changed_at.__getitem__))
         return previous if previous != depth else None
 
+    def earlier_depths(self, links: Sequence[bytes]) -> list[int]:
+        """Where else the KV of this prefix may lie, likeliest first and MAX_EARLIER at most: where its key ended before
+        the latest change, and where the keys of prompts ended that were shorter than its key is."""
+        depth, previous = self.depth(links), self.previous_depth(links)
+        earlier = dict.fromkeys(range(depth - 1, 0, -1))
+        return list(earlier if previous is None else {previous: None} | earlier)[:MAX_EARLIER]
+
     def _walk(self, links: Sequence[bytes], undone: bytes | None) -> int:
         """The depth, as if the last change of `undone` had not been made."""
         depth = min(self._config.min_blocks, len(links))
@@ -113,18 +135,8 @@ class KeyDepths:
         self._window: deque[tuple[bytes, ...]] = deque()
         self._counts: Counter[bytes] = Counter()
 
-    def depth(self, links: Sequence[bytes]) -> int:
-        return self.table.depth(links)
-
-    def earlier_depths(self, links: Sequence[bytes]) -> list[int]:
-        """Where else the KV of this prefix may lie, likeliest first and MAX_EARLIER at most: where its key ended before
-        the latest change, and where the keys of prompts ended that were shorter than its key is."""
-        depth, previous = self.table.depth(links), self.table.previous_depth(links)
-        earlier = dict.fromkeys(range(depth - 1, 0, -1))
-        return list(earlier if previous is None else {previous: None} | earlier)[:MAX_EARLIER]
-
     def observe(self, links: Sequence[bytes], num_workers: int) -> tuple[DepthChange, ...]:
-        """One more request came. The changes are made to this table and returned, for the tables of other routers."""
+        """One more request came. The changes have been made to the table already."""
         changes: list[DepthChange] = []
         hot_share, cold_share = self._config.shares(num_workers)
         chain = tuple(links[: self._config.max_blocks])

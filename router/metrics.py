@@ -127,6 +127,8 @@ class RouterMetrics:
         self._prompt_tokens.inc(known.num_prompt_tokens)
         self._predicted_tokens.inc(account.num_predicted_cached_tokens)
         self._cached_tokens.inc(account.num_cached_tokens)
+        self._predicted_pulled_tokens.inc(account.num_predicted_pulled_tokens)
+        self._pulled_tokens.inc(account.num_pulled_tokens)
         self._held_tokens.inc(account.num_held_tokens)
         self._kv_bytes.inc(account.num_kv_bytes)
         self._transfer_s.inc(account.transfer_s)
@@ -166,6 +168,10 @@ class RouterMetrics:
             "predicted_cached_tokens", "Prompt tokens the router expected in the prefill worker's cache."
         )
         self._cached_tokens = self._counter("cached_tokens", "Prompt tokens found in the prefill worker's cache.")
+        self._predicted_pulled_tokens = self._counter(
+            "predicted_pulled_tokens", "Prompt tokens the router expected the prefill worker to pull."
+        )
+        self._pulled_tokens = self._counter("pulled_tokens", "Prompt tokens it pulled from another worker.")
         self._held_tokens = self._counter("held_tokens", "Prompt tokens the decode worker held, so they did not move.")
         self._kv_bytes = self._counter("kv_transfer_bytes", "KV moved for finished requests.")
         self._transfer_s = self._counter("kv_transfer_seconds", "Time in which that KV moved.")

@@ -31,6 +31,7 @@ class Plan:
     pull_worker_ids: tuple[str, ...] = ()  # best first
     returns_to: WorkerView | None = None  # the home that its KV is brought to
     num_predicted_cached_tokens: int = 0
+    num_predicted_pulled_tokens: int = 0
     num_prefill_tokens: int = 0  # to compute
     prefill_s: float = 0.0  # what that takes; 0 where no speed is known yet
     ttft_s: float = 0.0
@@ -109,13 +110,11 @@ class Planner:
 
     def _plan_prefill(self, request: RequestView, choice: Choice) -> Plan:
         """Without a word on who decodes."""
-        sources = choice.sources or request.home_pair()
         candidate = request.candidate(choice.worker_id)
-        num_pullable_tokens = 0
-        if self._config.pull_s_per_token:
-            num_held_tokens = max((request.candidate(one).num_cached_tokens for one in sources), default=0)
-            num_pullable_tokens = max(0, num_held_tokens - candidate.num_cached_tokens)
-        estimated = estimate(request, candidate, num_pullable_tokens, request.pull_s(num_pullable_tokens))
+        sources, num_held_tokens = self._sources(request, choice)
+        num_pullable_tokens = max(0, num_held_tokens - candidate.num_cached_tokens)
+        pull_s = request.pull_s(choice.worker_id, num_pullable_tokens)
+        estimated = estimate(request, candidate, num_pullable_tokens, pull_s)
         num_ready_tokens = candidate.num_cached_tokens + estimated.num_pulled_tokens
         return Plan(
             prefill=self._view.workers[choice.worker_id],
@@ -127,10 +126,21 @@ class Planner:
             pull_worker_ids=sources if estimated.num_pulled_tokens else (),
             returns_to=self._returns_to(request, choice.worker_id),
             num_predicted_cached_tokens=candidate.num_cached_tokens,
+            num_predicted_pulled_tokens=estimated.num_pulled_tokens,
             num_prefill_tokens=request.num_tokens - num_ready_tokens,
             prefill_s=request.prefill_s(choice.worker_id, num_ready_tokens),
             ttft_s=estimated.ttft_s,
         )
+
+    def _sources(self, request: RequestView, choice: Choice) -> tuple[tuple[str, ...], int]:
+        """Whom to pull from, best first, and how many tokens the best is thought to hold: who decoded the answer of the
+        turn before holds that, too, unless it was brought home meanwhile."""
+        sources = choice.sources or request.home_pair()
+        num_held_tokens = max((request.candidate(one).num_cached_tokens for one in sources), default=0)
+        answer = request.answer()
+        if answer is None or answer.num_tokens <= num_held_tokens or answer.worker_id == choice.worker_id:
+            return sources, num_held_tokens
+        return (answer.worker_id, *(one for one in sources if one != answer.worker_id)), answer.num_tokens
 
     def _returns_to(self, request: RequestView, worker_id: str) -> WorkerView | None:
         """Where it runs away from home: the home that lacks least of it."""

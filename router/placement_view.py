@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from itertools import chain
 
-from router.cluster_view import ClusterView
+from router.cluster_view import Answer, ClusterView
 from router.config import RouterConfig
 from router.policy import Candidate
 from router.sampling import Sampler
@@ -20,7 +20,6 @@ class RequestView:
         self.links = links
         self.num_tokens = num_tokens
         self._hash_block_size = config.hash_block_size
-        self._pull_s_per_token = config.pull_s_per_token
         self._view = view
         self._sampler = sampler
         self._candidates: dict[str, Candidate] = {}
@@ -64,6 +63,11 @@ class RequestView:
     def last_place(self) -> str | None:
         return self._view.last_place(self.links)
 
+    def answer(self) -> Answer | None:
+        """Who has the KV of the turn before, and of how many of these tokens, in full blocks."""
+        found, block = self._view.answer(self.links, self.num_tokens), self._hash_block_size
+        return found and Answer(found.worker_id, found.num_tokens // block * block)
+
     def ring(self, key: bytes) -> Iterator[str]:
         return self._view.rings.rings[0].walk(key)
 
@@ -76,6 +80,5 @@ class RequestView:
     def prefill_s(self, worker_id: str, num_cached_tokens: int) -> float:
         return self._view.workers[worker_id].prefill_s(self.num_tokens - num_cached_tokens, num_cached_tokens)
 
-    def pull_s(self, num_tokens: int) -> float:
-        """For ever, where workers do not pull."""
-        return num_tokens * self._pull_s_per_token if self._pull_s_per_token else float("inf")
+    def pull_s(self, worker_id: str, num_tokens: int) -> float:
+        return self._view.workers[worker_id].pull_s(num_tokens)

@@ -13,6 +13,17 @@ from router.queue_order import Queued
 from router.rebalance import MIN_INTERVAL_S, Elsewhere, Movable, Move, is_threatened, moves
 
 
+def is_sent_at_once(plan: Plan) -> bool:
+    return plan.prefill.has_credit and len(plan.prefill.queue) == 0
+
+
+def reason_of(plan: Plan) -> str:
+    """Of its place, with what it waits for there."""
+    if is_sent_at_once(plan):
+        return plan.prefill_reason
+    return f"{plan.prefill_reason}; queued, {len(plan.prefill.queue)} there before"
+
+
 class Queues:
     """Invariant: a request is here while `in_flight.queued` is its plan, and in the queue of that plan's prefill worker
     only; a queue with an entry and credit is emptied by take_next() before the next event."""
@@ -26,6 +37,7 @@ class Queues:
 
     def put(self, in_flight: InFlight, plan: Plan) -> None:
         assert in_flight.attempt is None and in_flight.queued is None
+        plan = replace(plan, prefill_reason=reason_of(plan))
         in_flight.queued = plan
         self._members[in_flight.request_id] = in_flight
         self._view.note_placed(plan.prefill, in_flight.links)
@@ -75,6 +87,7 @@ class Queues:
         here = in_flight.queued.prefill.worker_id
         reason = f"rebalanced: TTFT {move.there_s:.2f} s, {move.here_s:.2f} s in the queue of {here}"
         self.leave(in_flight)
+        in_flight.num_moves += 1
         plan = self._planner.plan_at(
             move.worker_id, reason, in_flight.links, in_flight.num_tokens, in_flight.num_remaining_tokens
         )

@@ -11,10 +11,9 @@ from protos.types import FinishReason, Logprobs, ServingMode
 from router.account import RequestAccount
 from router.cluster_view import WorkerView
 from router.config import RouterConfig
-from router.explain import Explanation
+from router.explain import Explanation, Option
 from router.parts import End, Part
-from router.policy import Candidate
-from router.status import KnownWorker
+from router.published_view import KnownWorker
 from router.validation import ChatMessage, InvalidArgument, PublicRequest
 
 FINISH_REASONS = {
@@ -161,15 +160,18 @@ def server_info_response(
     )
 
 
-def explain_response(explanation: Explanation, num_prompt_tokens: int) -> pb.ExplainRouteResponse:
-    def candidate(one: Candidate) -> pb.RouteCandidate:
+def explain_response(explanation: Explanation, num_prompt_tokens: int, view_version: int) -> pb.ExplainRouteResponse:
+    def candidate(option: Option) -> pb.RouteCandidate:
+        one = option.candidate
         return pb.RouteCandidate(
             worker_id=one.worker_id,
             num_cached_tokens=one.num_cached_tokens,
             num_pending_tokens=one.num_pending_tokens,
-            ttft_estimate_s=one.ttft_s,
+            ttft_estimate_s=option.ttft_s,
             num_free_blocks=max(0, one.num_free_blocks),
             is_home=one.worker_id in explanation.home_worker_ids,
+            num_pulled_tokens=option.num_pulled_tokens,
+            num_queued=option.num_queued,
         )
 
     return pb.ExplainRouteResponse(
@@ -180,6 +182,7 @@ def explain_response(explanation: Explanation, num_prompt_tokens: int) -> pb.Exp
         decode_candidates=[candidate(one) for one in explanation.decode_candidates],
         decode_worker=explanation.decode_worker,
         decode_reason=explanation.decode_reason,
+        view_version=view_version,
     )
 
 
@@ -197,6 +200,11 @@ def _placement(account: RequestAccount) -> pb.Placement:
         transfer_exposed_s=account.transfer_exposed_s,
         predicted_cached_tokens=account.num_predicted_cached_tokens,
         decode_held_tokens=account.num_held_tokens,
+        predicted_pulled_tokens=account.num_predicted_pulled_tokens,
+        pulled_tokens=account.num_pulled_tokens,
+        failed_pulls=account.num_failed_pulls,
+        moves=account.num_moves,
+        queued_s=account.queued_s,
         preemptions=account.num_preemptions,
         ttft_s=account.ttft_s,
         tpot_s=account.tpot_s,

@@ -17,6 +17,7 @@ from router.events import (
     Arrived,
     ClientCancelled,
     Deliver,
+    DepthsPublished,
     Effect,
     Event,
     Fail,
@@ -30,7 +31,7 @@ from router.events import (
 )
 from router.in_flight import Attempt, InFlight
 from router.placement import Plan, Planner
-from router.queues import Queues
+from router.queues import Queues, is_sent_at_once
 
 RETRY_AFTER_S = 1.0
 
@@ -90,6 +91,9 @@ class Router:
                 return self._worker_down(event, now)
             case Reported():
                 return self._reported(event, now)
+            case DepthsPublished(depths):
+                self.view.follow(depths)
+                return []
             case Tick():
                 self._rebalance(list(self.view.workers), now)
                 return self._expire_waiting(now)
@@ -160,7 +164,7 @@ class Router:
         return [] if plan is None else self._send_or_queue(in_flight, plan, now)
 
     def _send_or_queue(self, in_flight: InFlight, plan: Plan, now: float) -> list[Effect]:
-        if plan.prefill.has_credit and len(plan.prefill.queue) == 0:
+        if is_sent_at_once(plan):
             return self._start_attempt(in_flight, plan, now)
         self._queues.put(in_flight, plan)
         return []
@@ -242,6 +246,9 @@ class Router:
         self.statistics.num_finished += 1
         if finish_reason is not FinishReason.ABORT:
             self.planner.decode.note_output(len(in_flight.log))
+        decoding = in_flight.attempt and in_flight.attempt.plan.decoding_worker
+        if decoding and decoding.worker_id in done:  # the last token has no KV
+            self.view.note_answer(decoding, in_flight.links, in_flight.num_tokens - 1)
         self._forget(in_flight)
         return [deliver, *self._end_attempt(in_flight, done)]
 

@@ -9,7 +9,6 @@ import logging
 import secrets
 import time
 import uuid
-from collections.abc import Callable
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc  # type: ignore[import-untyped]
@@ -17,23 +16,24 @@ from grpc_reflection.v1alpha import reflection  # type: ignore[import-untyped]
 
 from protos import inference_pb2 as pb
 from protos.inference_pb2_grpc import add_ClusterServicer_to_server, add_InferenceServicer_to_server
-from protos.types import PeerRef, WorkerReport
 from router.calls import Calls
 from router.cluster_service import ClusterService
 from router.config import RouterConfig
 from router.driver import Driver
-from router.events import Reported, Tick, WorkerDown, WorkerUp
+from router.events import Tick
 from router.front_door import FrontDoor
 from router.http_app import HttpApp
 from router.http_server import HttpServer
+from router.membership import Membership
 from router.metrics import RouterMetrics
+from router.published_view import Lacking, PublishedView, RouterNews
 from router.recording import EventRecorder
 from router.responses import worker_load
 from router.router import Router
 from router.served_model import ServedModel
 from router.status import ClusterStatus, StatusEvent
 from router.tls import read_key_and_chain
-from router.worker_channel import RouterIdentity, WorkerChannel
+from router.worker_channel import RouterIdentity
 
 log = logging.getLogger("twinring.router")
 
@@ -43,12 +43,10 @@ TICK_S = 0.25
 
 
 class RouterServer:
-    """Invariant: requests are taken from the moment when the cluster is ready first until stop()."""
+    """Invariant: requests are taken from the moment when the cluster is ready first, or when this router has joined one
+    that was, until stop()."""
 
-    def __init__(
-        self, config: RouterConfig, served: ServedModel, on_worker_lost: Callable[[PeerRef, str], None]
-    ) -> None:
-        """`on_worker_lost` hears of every worker whose stream broke or whose lease ran out, once each."""
+    def __init__(self, config: RouterConfig, served: ServedModel, router_id: str = "router-0") -> None:
         for name in ("block_size", "hash_block_size"):
             if getattr(config, name) != getattr(served, name):
                 raise ValueError(
@@ -56,13 +54,13 @@ class RouterServer:
                 )
         router = Router(config, make_transfer_id=lambda: secrets.token_bytes(16))
         self._config = config
-        self._on_worker_lost = on_worker_lost
-        self._status = ClusterStatus(config, router.view)
+        self._status = ClusterStatus(config, router.view, router_id)
         metrics = RouterMetrics(config, router, self._status)
         self._recorder = EventRecorder(config.record_events, config) if config.record_events else None
         record = self._recorder.record if self._recorder else None
         self._driver = Driver(router, config, metrics, time.monotonic, record)
-        self._identity = RouterIdentity("router-0", uuid.uuid4().hex, served.model_fingerprint)
+        identity = RouterIdentity(router_id, uuid.uuid4().hex, served.model_fingerprint)
+        self._membership = Membership(config, identity, self._driver, self._status, self.note_event)
         version = _version()
         self._calls = Calls(config, served, self._driver, self._status, metrics, self._unavailable)
         self._front_door = FrontDoor(config, served, self._calls, self._worker_loads, version)
@@ -75,7 +73,6 @@ class RouterServer:
         self._health = health.aio.HealthServicer()
         self._server: grpc.aio.Server | None = None
         self._ticker: asyncio.Task[None] | None = None
-        self._closing: set[asyncio.Task[None]] = set()  # channels on their way out
         self._was_ready = asyncio.Event()
         self._is_stopping = False
 
@@ -116,71 +113,28 @@ class RouterServer:
         self._is_stopping = True
         await self._health.enter_graceful_shutdown()
         await asyncio.gather(self._http.stop(grace_s), *([self._server.stop(grace_s)] if self._server else []))
-        for channel in list(self._driver.channels.values()):
-            self._drop(channel, "the router stops")
+        await self._membership.close()
         if self._ticker is not None:
             self._ticker.cancel()
-        await asyncio.gather(*self._closing, return_exceptions=True)
         self._calls.close()
         if self._recorder is not None:
             self._recorder.close()
 
     # --- workers --------------------------------------------------------------------------------------------------
 
-    async def add_worker(self, ref: PeerRef, pid: int = 0) -> None:
-        """Returns when hellos are exchanged. ConnectionError where the worker does not answer or does not fit."""
-        channel = WorkerChannel(ref, self._config, self._identity, self._reported, self._lost)
-        await channel.connect()
-        # No await from here on: the channel's first report must find the worker known.
-        previous = self._driver.channels.get(ref.worker_id)
-        if previous is not None:
-            self._drop(previous, "a new incarnation took its place")
-        self._driver.channels[ref.worker_id] = channel
-        self._driver.feed(WorkerUp(ref))
-        self._status.note_up(ref, pid)
-        self._publish_members()
+    async def take(self, view: PublishedView) -> tuple[Lacking, ...]:
+        """Serve with the members of this view; which of them cannot be reached."""
+        return await self._membership.take(view)
 
-    async def remove_worker(self, worker_id: str, incarnation: str, reason: str) -> None:
-        """It takes no more work, and what it had moves elsewhere. Nothing happens where this life is gone already."""
-        channel = self._driver.channels.get(worker_id)
-        if channel is not None and channel.ref.incarnation == incarnation:
-            self._drop(channel, reason)
-            self._publish_members()
-        known = self._status.known.get(worker_id)
-        if known is not None and known.ref.incarnation == incarnation:
-            del self._status.known[worker_id]
+    async def news(self) -> RouterNews:
+        """What the publisher of views must hear."""
+        return await self._membership.news()
 
     def set_expected(self, num_prefill: int, num_decode: int) -> None:
         self._status.set_expected(num_prefill, num_decode)
 
     def note_event(self, message: str) -> None:
         self._status.events.append(StatusEvent(time.time(), message))
-
-    def _drop(self, channel: WorkerChannel, reason: str) -> None:
-        del self._driver.channels[channel.ref.worker_id]
-        self._driver.feed(WorkerDown(channel.ref.worker_id, channel.ref.incarnation, reason))
-        self._status.note_down(channel.ref)
-        task = asyncio.create_task(channel.close())
-        self._closing.add(task)
-        task.add_done_callback(self._closing.discard)
-
-    def _lost(self, ref: PeerRef, reason: str) -> None:
-        channel = self._driver.channels.get(ref.worker_id)
-        if channel is None or channel.ref != ref:
-            return
-        self._drop(channel, reason)
-        self._publish_members()
-        self.note_event(f"lost {ref.worker_id} ({ref.incarnation}): {reason}")
-        self._on_worker_lost(ref, reason)
-
-    def _reported(self, ref: PeerRef, report: WorkerReport) -> None:
-        self._driver.feed(Reported(ref.worker_id, ref.incarnation, report))
-
-    def _publish_members(self) -> None:
-        self._status.membership_version += 1
-        members = tuple(channel.ref for channel in self._driver.channels.values())
-        for channel in self._driver.channels.values():
-            channel.send_members(self._status.membership_version, members)
 
     def _worker_loads(self) -> list[pb.WorkerLoad]:
         view = self._driver.router.view
@@ -218,7 +172,8 @@ class RouterServer:
     async def _tick(self) -> None:
         while True:
             self._driver.feed(Tick())
-            if self.is_ready and not self._was_ready.is_set():
+            is_late = self._membership.is_late and self._status.serves_the_view()
+            if (self.is_ready or is_late) and not self._was_ready.is_set():
                 self._was_ready.set()
                 await self._set_health(health_pb2.HealthCheckResponse.SERVING)
                 self.note_event("ready")

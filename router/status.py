@@ -8,15 +8,9 @@ from dataclasses import dataclass, replace
 from protos.types import PeerRef, Role
 from router.cluster_view import ClusterView
 from router.config import RouterConfig
+from router.published_view import KnownWorker
 
 MAX_EVENTS = 256
-
-
-@dataclass(frozen=True, slots=True)
-class KnownWorker:
-    ref: PeerRef
-    pid: int
-    is_up: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,12 +20,14 @@ class StatusEvent:
 
 
 class ClusterStatus:
-    """Invariant: `known` has the last life of every worker that was added and not yet removed."""
+    """Invariant: `known` has the last life of every worker of the published view."""
 
-    def __init__(self, config: RouterConfig, view: ClusterView) -> None:
+    def __init__(self, config: RouterConfig, view: ClusterView, router_id: str = "router-0") -> None:
+        self.router_id = router_id
         self.known: dict[str, KnownWorker] = {}
         self.events: deque[StatusEvent] = deque(maxlen=MAX_EVENTS)
-        self.membership_version = 0
+        self.view_version = 0  # of the published view; 0 while this router lacks a member of it
+        self.num_changes = 0  # of who is up: the rings stay as they are in between
         self._config = config
         self._view = view
         self._max_kv_tokens = 0
@@ -40,13 +36,20 @@ class ClusterStatus:
     def set_expected(self, num_prefill: int, num_decode: int) -> None:
         self.num_expected = {Role.PREFILL: num_prefill, Role.DECODE: num_decode}
 
-    def note_up(self, ref: PeerRef, pid: int) -> None:
-        self.known[ref.worker_id] = KnownWorker(ref, pid, is_up=True)
+    def note(self, worker: KnownWorker) -> None:
+        self.known[worker.ref.worker_id] = worker
+
+    def note_up(self, ref: PeerRef) -> None:
+        self._note_is_up(ref, True)
 
     def note_down(self, ref: PeerRef) -> None:
+        self._note_is_up(ref, False)
+
+    def _note_is_up(self, ref: PeerRef, is_up: bool) -> None:
+        self.num_changes += 1
         worker = self.known.get(ref.worker_id)
         if worker is not None and worker.ref == ref:
-            self.known[ref.worker_id] = replace(worker, is_up=False)
+            self.known[ref.worker_id] = replace(worker, is_up=is_up)
 
     def shortfall(self) -> str:
         """What is missing before the cluster is ready; empty when it is."""
@@ -60,6 +63,10 @@ class ClusterStatus:
         if num_blank:
             return f"{num_blank} of {num_expected} workers have not reported yet"
         return self._missing_links()
+
+    def serves_the_view(self) -> bool:
+        """Every member is reached and has reported; there may be fewer of them than expected."""
+        return self.view_version > 0 and all(view.stats.num_blocks for view in self._view.workers.values())
 
     def _num_up(self, role: Role) -> int:
         return sum(view.ref.role is role for view in self._view.workers.values())

@@ -10,9 +10,10 @@ from itertools import pairwise
 from router.cluster_view import ClusterView, WorkerView
 from router.config import RouterConfig
 from router.hash_ring import RING_SIZE, HashRing
+from router.published_view import KnownWorker
 from router.recent_requests import EndedRequest, Flow, RecentRequests
 from router.router import Router
-from router.status import ClusterStatus, KnownWorker
+from router.status import ClusterStatus
 
 Json = dict[str, object]
 
@@ -41,7 +42,7 @@ def ui_state(
     known_rings: str = "",
 ) -> Json:
     """`known_rings`: the version of the rings that the page has; their points are left out where it is this one."""
-    version = f"{serving.started_at_unix_s:.3f}-{status.membership_version}"
+    version = f"{serving.started_at_unix_s:.3f}-{status.num_changes}"
     flows = recent.flows(now_unix_s)
     return {
         "at_unix_s": now_unix_s,

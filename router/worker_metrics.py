@@ -13,6 +13,8 @@ from protos.step_moments import TERMS, AllStepMoments
 from protos.types import Role, TransferFailure, WorkerStats
 from router.cluster_view import WorkerView
 from router.config import RouterConfig
+from router.link_metrics import link_metrics
+from router.pull_metrics import pull_metrics
 from router.router import Router
 from router.status import ClusterStatus
 
@@ -39,6 +41,12 @@ GAUGES: tuple[tuple[str, str, Reader], ...] = (
         "KV of one block, as it travels.",
         lambda stats: stats.transfers.block_nbytes,
     ),
+    ("host_blocks", "KV blocks of host memory.", lambda stats: stats.num_host_blocks),
+    (
+        "cached_host_blocks",
+        "KV blocks of host memory that hold part of a prefix.",
+        lambda stats: stats.num_cached_host_blocks,
+    ),
     (
         "ledger_imbalance",
         "1 where KV blocks are unaccounted for, a leak; else 0.",
@@ -48,8 +56,18 @@ GAUGES: tuple[tuple[str, str, Reader], ...] = (
 
 COUNTERS: tuple[tuple[str, str, Reader], ...] = (
     ("steps", "Engine steps.", lambda stats: stats.num_steps),
+    (
+        "host_loaded_tokens",
+        "Tokens whose KV came back from host memory.",
+        lambda stats: stats.num_host_loaded_tokens,
+    ),
     ("kv_transfers_completed", "KV transfers this worker received whole.", lambda stats: stats.transfers.num_completed),
     ("kv_transfer_bytes", "KV this worker received.", lambda stats: stats.transfers.num_bytes),
+    (
+        "refused_peers",
+        "Streams of who is no member, or does not know the cluster's secret.",
+        lambda stats: stats.transfers.num_refused_peers,
+    ),
 )
 
 BLOCK_STATES: tuple[tuple[str, Reader], ...] = (
@@ -81,9 +99,11 @@ class ClusterCollector(Collector):
             for view in views:
                 counter.add_metric(_labels(view), read(view.stats))
             yield counter
-        yield _queued(views)
+        yield from _queued(views)
+        yield from pull_metrics(views)
         yield _blocks(views)
         yield _failures(views)
+        yield from link_metrics(views)
         yield self._step_moments(views)
 
     def _of_router(self) -> Iterator[Metric]:
@@ -128,12 +148,14 @@ class ClusterCollector(Collector):
         return moments
 
 
-def _queued(views: list[WorkerView]) -> Metric:
+def _queued(views: list[WorkerView]) -> Iterator[Metric]:
     text = "Requests placed on the worker that the router still keeps."
-    queued = GaugeMetricFamily("twinring_worker_queued_requests", text, labels=BY_WORKER)
+    requests = GaugeMetricFamily("twinring_worker_queued_requests", text, labels=BY_WORKER)
+    tokens = GaugeMetricFamily("twinring_worker_queued_tokens", "What these have to compute.", labels=BY_WORKER)
     for view in views:
-        queued.add_metric(_labels(view), len(view.queue))
-    return queued
+        requests.add_metric(_labels(view), len(view.queue))
+        tokens.add_metric(_labels(view), view.queue.num_tokens)
+    yield from (requests, tokens)
 
 
 def _blocks(views: list[WorkerView]) -> Metric:

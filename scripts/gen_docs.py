@@ -15,7 +15,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from cluster.config import DEMO_MODEL, SHARED_SETTINGS, ServeConfig
-from engine.config import PullConfig
 from router.tenants import TenantConfig
 
 INTRO = """# Configuration
@@ -57,7 +56,6 @@ tenants:
 """
 # Not set where they stand: the first in the tenants file, the others once, in the section that owns them.
 NOT_SET_IN_ROUTER = {"tenants", *SHARED_SETTINGS}
-OPTIONAL_SECTIONS = {"engine": {"pulls": PullConfig}}
 
 
 def main(path: str) -> None:
@@ -70,15 +68,16 @@ def tables(name: str, config: object) -> Iterator[str]:
     """Of the settings themselves, then of every section below."""
     values = values_of(config)
     sections = {name: value for name, value in values.items() if dataclasses.is_dataclass(value)}
+    may_be_off = {
+        name: f"\n{comment[0].upper()}{comment[1:]}.\n" if "null" in type_ else ""
+        for name, type_, comment in fields_of(type(config))
+    }
     leave_out = NOT_SET_IN_ROUTER if name == "router" else set()
     yield table(type(config), values, leave_out | set(sections))
     for inner, section in sections.items():
         full = f"{name}.{inner}" if name else inner
-        yield f"\n## `{full}`\n"
+        yield f"\n## `{full}`\n{may_be_off[inner]}"
         yield from tables(full, section)
-        for inner, optional in OPTIONAL_SECTIONS.get(full, {}).items():
-            defaults = {field.name: field.default for field in dataclasses.fields(optional)}
-            yield f"\n## `{full}.{inner}`\n\nOff until something of it is set.\n{table(optional, defaults, set())}"
 
 
 def values_of(config: object) -> dict[str, object]:

@@ -44,7 +44,7 @@ def contender(label: str, router: RouterConfig, setup: Setup) -> Variant:
     if router.policy.name not in PULLING_POLICIES or not router.policy.pulls:
         return Variant(label, replace(router, pull_s_per_token=0.0))
     s_per_token = setup.hardware.kv_nbytes_per_token / setup.link_nbytes_per_s
-    pulls = PullConfig(s_per_token=s_per_token, max_returns=MAX_RETURNS if router.returns else 0)
+    pulls = PullConfig(s_per_token=s_per_token, max_returns=MAX_RETURNS if router.returns else 0, returns_answers=False)
     return Variant(label, replace(router, pull_s_per_token=s_per_token), pulls)
 
 

@@ -63,8 +63,8 @@ class PlacementView(Protocol):
         """To prefill what is left of this request there, were so many of its tokens cached; 0 where no speed is known
         yet."""
 
-    def pull_s(self, num_tokens: int) -> float:
-        """To move the KV of so many tokens from one worker to another; infinite where workers do not pull."""
+    def pull_s(self, worker_id: str, num_tokens: int) -> float:
+        """For that worker to fetch the KV of so many tokens from another; infinite where it does not pull."""
 
 
 class PlacementPolicy(Protocol):

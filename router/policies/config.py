@@ -24,7 +24,7 @@ PolicyName = Literal[
 class PolicyConfig:
     """A setting that names policies concerns only these."""
 
-    name: PolicyName = "dual_map"  # who chooses where a request is prefilled
+    name: PolicyName = "home_pair"  # who chooses where a request is prefilled
     has_slo_switch: bool = True  # dual_map: off, the warm candidate is taken however late it would be
     num_sampled: int = 2  # home_pair: random workers that are candidates beside the pair
     remembers: bool = True  # home_pair: where the prompt that this one continues was placed is a candidate, too

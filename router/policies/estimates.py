@@ -42,7 +42,7 @@ def estimate(view: PlacementView, candidate: Candidate, num_pullable_tokens: int
 def estimate_with_holder(view: PlacementView, candidate: Candidate, holder: Candidate) -> Estimate:
     """Where what `holder` has cached can be pulled from it."""
     num_pullable_tokens = max(0, holder.num_cached_tokens - candidate.num_cached_tokens)
-    return estimate(view, candidate, num_pullable_tokens, view.pull_s(num_pullable_tokens))
+    return estimate(view, candidate, num_pullable_tokens, view.pull_s(candidate.worker_id, num_pullable_tokens))
 
 
 def estimate_alone(candidate: Candidate) -> Estimate:

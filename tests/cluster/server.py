@@ -39,6 +39,8 @@ class Server:
                 stderr=subprocess.STDOUT,
             )
         self.address = self.http_address = ""
+        self.addresses: tuple[str, ...] = ()  # of all routers
+        self.http_addresses: tuple[str, ...] = ()
 
     def wait_ready(self) -> None:
         def announced() -> RunState | None:
@@ -48,6 +50,7 @@ class Server:
         state = eventually(announced, START_TIMEOUT_S)
         assert state is not None, f"not ready within {START_TIMEOUT_S:g} s:\n{self.log.read_text()}"
         self.address, self.http_address = state.address, state.http_address
+        self.addresses, self.http_addresses = state.addresses, state.http_addresses
 
     def client(self) -> Client:
         return Client(self.address)

@@ -14,6 +14,7 @@ from cluster.tenants import FILE_VARIABLE, TOKENS_VARIABLE, hash_of
 from engine.config import PullConfig
 from protos.cost_model import HARDWARE
 from protos.types import Role
+from router.config import RouterConfig
 
 
 def test_defaults_serve_the_demo_model(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -26,7 +27,7 @@ def test_defaults_serve_the_demo_model(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_flags_win_over_the_file_and_the_file_over_defaults(tmp_path: Path) -> None:
     path = tmp_path / "twinring.yaml"
     path.write_text("num_prefill: 3\nengine:\n  model: /models/a\n  block_size: 128\nlease:\n  lease_s: 4\n")
-    config = load_config(str(path), {"engine.model": "/models/b", "num_decode": 2, "router.mode": None})
+    config = load_config(str(path), {"engine.model": "/models/b", "num_decode": 2})
     assert (config.num_prefill, config.num_decode) == (3, 2)
     assert (config.engine.model, config.engine.block_size) == ("/models/b", 128)
     assert (config.router.block_size, config.router.lease_s) == (128, 4)
@@ -41,22 +42,29 @@ def test_modelled_hardware_may_be_written_out(tmp_path: Path) -> None:
     assert load_config(None, {"engine.modelled": "8b-h100"}).engine.modelled_hardware == HARDWARE["8b-h100"]
 
 
-def test_pulls_are_off_until_they_are_set() -> None:
-    assert load_config().engine.pulls is None
+def test_workers_pull_by_what_they_measure_unless_told_otherwise() -> None:
+    config = load_config()
+    assert config.engine.pulls == PullConfig() and config.engine.pulls.s_per_token is None
+    assert config.router.pull_s_per_token is None
     config = load_config(None, {"engine.pulls.s_per_token": "2.5e-6", "engine.pulls.base_s": 0.01})
     assert config.engine.pulls == PullConfig(s_per_token=2.5e-6, base_s=0.01)
-    assert config.router.pull_s_per_token == 2.5e-6, "what placement counts with is the same, unless it is set"
-    assert not config.router.returns
-    returns = load_config(
-        None,
-        {
-            "engine.pulls.s_per_token": 1e-6,
-            "engine.pulls.max_returns": 2,
-            "router.returns": True,
-            "router.pull_s_per_token": 0,
-        },
-    )
-    assert returns.router.pull_s_per_token == 0
+    assert load_config(None, {"engine.pulls": None, "router.pull_s_per_token": 0}).router.pull_s_per_token == 0
+
+
+def test_pulls_and_returns_can_be_switched_off(tmp_path: Path) -> None:
+    path = tmp_path / "twinring.yaml"
+    path.write_text("{engine: {pulls: null}, router: {dispatch_tokens: null}}")
+    config = load_config(str(path))
+    assert config.engine.pulls is None and config.router.dispatch_tokens == load_config().router.dispatch_tokens
+    returns = load_config(None, {"engine.pulls.max_returns": 0, "router.returns": False}).engine.pulls
+    assert returns is not None and returns.max_returns == 0
+
+
+def test_a_worker_is_sent_what_two_of_its_steps_compute_unless_told_otherwise() -> None:
+    assert load_config(None, {"engine.max_num_batched_tokens": "300"}).router.dispatch_tokens == 600
+    assert load_config().router.dispatch_tokens == RouterConfig().dispatch_tokens
+    changes = {"engine.max_num_batched_tokens": 300, "router.dispatch_tokens": "0"}
+    assert load_config(None, changes).router.dispatch_tokens == 0
 
 
 def test_ray_address_comes_from_the_environment_unless_given(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -69,25 +77,23 @@ def test_ray_address_comes_from_the_environment_unless_given(monkeypatch: pytest
     ("yaml", "words"),
     [
         ("num_prefill: 0", "num_prefill must be at least 1, not 0"),
+        ("num_routers: 0", "num_routers must be at least 1, not 0"),
         ("num_decode: many", "num_decode"),
         ("engine: {block_sise: 4}", "unknown setting engine.block_sise"),
         ("engine: {block_size: 63}", "block_size 63 is not a multiple of hash_block_size 64"),
         ("engine: {modelled: abacus}", "modelled must be one of 8b-a100, .* not 'abacus'"),
         ("engine: {modelled: {num_kv_tokens: 640}}", "engine.modelled.Hardware.cost: Field required"),
         ("router: {block_size: 128}", "set engine.block_size only"),
-        ("router: {pull_s_per_token: 1.0e-6}", "router.pull_s_per_token is 1e-06, but no worker pulls"),
-        ("router: {returns: true}", "engine.pulls.max_returns is 0: it must be above 0 with router.returns"),
-        ("engine: {pulls: {s_per_token: 1.0e-6, max_returns: 1}}", "engine.pulls.max_returns is 1"),
         (
-            "{engine: {pulls: {s_per_token: 1.0e-6}}, router: {pull_s_per_token: 0}}",
-            "router.pull_s_per_token is 0: nobody would be told",
+            "{engine: {pulls: null}, router: {pull_s_per_token: 1.0e-6}}",
+            "s_per_token is 1e-06, but engine.pulls is null",
         ),
-        ("engine: {pulls: {s_per_token: 1.0e-6, returns_answers: true}}", "returns_answers needs max_returns"),
+        ("{engine: {pulls: {max_returns: 0}}, router: {returns: true}}", "set engine.pulls.max_returns above 0"),
+        ("{engine: {pulls: null}, router: {returns: true}}", "router.returns is on, but no worker takes any"),
+        ("router: {dispatch_tokens: -1}", "dispatch_tokens must not be negative, got -1"),
         ("engine: {pulls: {s_per_token: -1}}", "s_per_token must not be negative"),
-        ("engine: {pulls: {base_s: 1}}", "s_per_token: Field required"),
         ("engine: {pulls: {s_per_tokens: 1}}", "unknown setting engine.pulls.s_per_tokens"),
         ("engine: {pulls: [1]}", r"engine.pulls must be a mapping, got \[1\]"),
-        ("engine: {enable_prefix_caching: false, pulls: {s_per_token: 1.0e-6}}", "pulls need the prefix cache"),
         ("transfer: {checksum: md5}", "md5"),
         ("worker_port: 70000", "worker_port must be within 0 and 65535, not 70000"),
         ("worker_port: 50052", "worker_port 50052: all workers of a private Ray"),

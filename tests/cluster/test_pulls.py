@@ -32,15 +32,13 @@ SETTINGS = (
     "engine.pulls.deadline_s=20",
     "transfer.chunk_nbytes=1",  # a chunk for each block, so that a pull takes its time
 )
-PULLS = (*SETTINGS, "router.policy.name=round_robin")
+PULLS = (*SETTINGS, "router.policy.name=round_robin", "engine.pulls.returns_answers=false")
 RETURNS = (
     *SETTINGS,
     "router.pull_s_per_token=0",  # what is hit at home has been brought there
-    "router.policy.name=home_pair",
     "router.policy.duplicate_cost=0",
     "router.returns=true",
     "engine.pulls.max_returns=32",
-    "engine.pulls.returns_answers=true",
     *(f"router.cost.{name}=0" for name in ("prefill_base_s", "prefill_floor_s", "prefill_s_per_token_pair")),
     "router.cost.prefill_s_per_token=0.0001",  # of each worker, so that estimates are equal where loads are
     *(f"router.cost.{name}=0" for name in ("decode_base_s", "decode_s_per_seq", "decode_s_per_kv_token")),
@@ -83,6 +81,7 @@ async def answer_of(server: Server, prompt: list[int]) -> Answer:
 
 PROMPT_LEN = 5 * BLOCK_SIZE
 ANSWER_LEN = 4 * BLOCK_SIZE
+HELD_LEN = PROMPT_LEN + ANSWER_LEN - BLOCK_SIZE  # of a turn in full blocks: the answer's last token has no KV
 
 
 async def two_turns(server: Server, reference: Reference, seed: int) -> tuple[Answer, Answer]:
@@ -123,10 +122,20 @@ async def test_many_at_once_wait_for_one_pull(server: Server, reference: Referen
     assert_clean(server)
 
 
-async def test_an_answer_stays_where_it_was_decoded(server: Server, reference: Reference) -> None:
+async def test_the_next_turn_pulls_the_answer_from_whoever_decoded_it(server: Server, reference: Reference) -> None:
     """Returns are off here."""
     _, second = await two_turns(server, reference, seed=70)
-    assert second.complete.cached_tokens == PROMPT_LEN
+    assert second.complete.cached_tokens == HELD_LEN
+    assert_clean(server)
+
+
+async def test_without_pulls_and_returns_the_next_turn_computes_the_answer(
+    model: Path, reference: Reference, tmp_path: Path
+) -> None:
+    settings = tuple(each for each in SETTINGS if "pulls" not in each)
+    with serving(tmp_path, "--model", str(model), settings=(*settings, "engine.pulls=null")) as running:
+        _, second = await two_turns(running, reference, seed=70)
+        assert second.complete.cached_tokens == PROMPT_LEN
 
 
 @pytest.mark.parametrize("after_s", [None, 0.05, 0.1])
@@ -168,8 +177,7 @@ def returning(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator
 async def test_an_answer_comes_home_for_the_next_turn(returning: Server, reference: Reference) -> None:
     for seed in (70, 80, 90):
         _, second = await two_turns(returning, reference, seed)
-        # The answer's last token has no KV.
-        assert second.complete.cached_tokens == PROMPT_LEN + ANSWER_LEN - BLOCK_SIZE
+        assert second.complete.cached_tokens == HELD_LEN
     assert_clean(returning)
 
 

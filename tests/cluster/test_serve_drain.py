@@ -10,12 +10,12 @@ import grpc.aio
 import pytest
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
+from cluster.routers import Routers
 from cluster.serve import _drain
-from router.server import RouterServer
 
 
 class OneEndlessCall:
-    """Stops as RouterServer does; its only call is a Watch."""
+    """Stops as Routers does; its only call is a Watch."""
 
     def __init__(self) -> None:
         self.server = grpc.aio.server()
@@ -27,17 +27,17 @@ class OneEndlessCall:
 
 
 @pytest.fixture
-async def running() -> AsyncIterator[tuple[RouterServer, asyncio.Task[object]]]:
+async def running() -> AsyncIterator[tuple[Routers, asyncio.Task[object]]]:
     router = OneEndlessCall()
     await router.server.start()
     async with grpc.aio.insecure_channel(f"127.0.0.1:{router.port}") as channel:
         watch = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest())
         await watch.read()
-        yield cast(RouterServer, router), asyncio.create_task(watch.read())
+        yield cast(Routers, router), asyncio.create_task(watch.read())
         await router.stop(0.0)
 
 
-async def test_a_running_call_ends_when_its_time_is_over(running: tuple[RouterServer, asyncio.Task[object]]) -> None:
+async def test_a_running_call_ends_when_its_time_is_over(running: tuple[Routers, asyncio.Task[object]]) -> None:
     router, call = running
     async with asyncio.timeout(20.0):
         await _drain(router, 0.2, asyncio.Event())
@@ -45,7 +45,7 @@ async def test_a_running_call_ends_when_its_time_is_over(running: tuple[RouterSe
             await call
 
 
-async def test_a_second_signal_ends_a_long_drain_at_once(running: tuple[RouterServer, asyncio.Task[object]]) -> None:
+async def test_a_second_signal_ends_a_long_drain_at_once(running: tuple[Routers, asyncio.Task[object]]) -> None:
     router, call = running
     stop_now = asyncio.Event()
     draining = asyncio.create_task(_drain(router, 3600.0, stop_now))

@@ -322,3 +322,50 @@ def test_bad_knobs_are_named() -> None:
         PullConfig(s_per_token=1, deadline_s=0)
     with pytest.raises(ValueError, match="enable_prefix_caching is False"):
         config(pulls=PULLS, enable_prefix_caching=False)
+
+
+def test_a_pull_takes_no_step_of_anybody_and_nothing_of_it_is_computed() -> None:
+    """The same steps with the same work for the others, whether or not one waits for its KV meanwhile."""
+    alone, beside = puller(24), puller(24)
+    pull_id = submit(beside)
+    for worker in (alone, beside):
+        worker.submit(generate("other", range(30, 55), max_tokens=6))
+    granted = offer(beside, pull_id)
+    for _ in range(4):
+        alone.step()
+        beside.step()
+    assert [output.num_batched_tokens for output in beside.outputs] == [o.num_batched_tokens for o in alone.outputs]
+    arrive(beside, granted)
+    beside.run()
+    assert beside.num_computed["other"] == 25 + 5 and beside.num_computed["r"] == 14 - 12 + 3
+    assert account(beside).num_pulled_tokens == 12
+
+
+def test_what_came_of_pulls_is_counted_once_for_all_that_waited() -> None:
+    worker = puller(num_blocks=24)
+    done = submit(worker)
+    worker.submit(generate("joined", LONG, homes=HOMES))
+    arrive(worker, offer(worker, done))
+    other = list(range(20, 34))
+    first = submit(worker, "refused", other)
+    [asked] = worker.on(PullRefused(first, "nothing here"))
+    worker.on(TransferLost(asked_pull(asked), "link lost"))
+    submit(worker, "late", list(range(40, 54)))
+    worker.now = 50.0
+    worker.run()
+    stats = worker.core.stats().pulls
+    assert stats.num_tokens == 12
+    assert {outcome.value: num for outcome, num in stats.num_by_outcome} == {
+        "done": 1, "refused": 1, "lost": 1, "late": 1,
+    }  # fmt: skip
+
+
+def test_pulls_are_judged_by_what_the_last_ones_took() -> None:
+    """By what is assumed at first, 12 tokens come sooner than the 12 s in which they are computed."""
+    worker = puller(pulls=PullConfig(deadline_s=100.0))
+    pull_id = submit(worker)
+    worker.now += 100.0
+    worker.begin_step()
+    worker.end_step()
+    worker.on(TransferLost(pull_id, "given up"))
+    assert worker.submit(generate("next", LONG[::-1], homes=HOMES)) == [], "a fifth of 100 s weighs more"

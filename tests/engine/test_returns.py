@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from engine.config import PullConfig
@@ -38,7 +40,7 @@ from tests.engine.fake_worker import (
 )
 from tests.engine.test_pull_source import hashes
 
-RETURNS = PullConfig(s_per_token=0.5, max_returns=1, deadline_s=10.0)
+RETURNS = PullConfig(s_per_token=0.5, max_returns=1, returns_answers=False, deadline_s=10.0)
 OTHER = list(range(50, 58))
 
 
@@ -135,7 +137,7 @@ def test_a_resumed_attempt_offers_its_output_too() -> None:
     ("pulls", "returns_to", "prompt"),
     [
         (None, "home", PROMPT),
-        (PullConfig(s_per_token=0.5), "home", PROMPT),
+        (PullConfig(s_per_token=0.5, max_returns=0), "home", PROMPT),
         (RETURNS, "", PROMPT),
         (RETURNS, "me", PROMPT),
         (RETURNS, "home", [1, 2, 3]),  # no full block
@@ -159,7 +161,7 @@ def test_a_home_that_has_all_or_takes_none_asks_for_nothing() -> None:
     home = worker("home")
     computed(home, returns_to="")
     assert tell(home) == []
-    assert tell(worker("home", None)) == tell(worker("home", PullConfig(s_per_token=0.5))) == []
+    assert tell(worker("home", None)) == tell(worker("home", PullConfig(s_per_token=0.5, max_returns=0))) == []
     assert worker("home").on(ReturnOffered("me", "r", 1, ())) == []
 
 
@@ -282,7 +284,7 @@ def test_the_next_turn_hits_the_answer_at_home() -> None:
     assert account is not None and account.num_cached_tokens == 16
 
 
-@pytest.mark.parametrize(("pulls", "max_tokens"), [(RETURNS, 8), (ANSWERS, 2)])
+@pytest.mark.parametrize(("pulls", "max_tokens"), [(RETURNS, 8), (replace(ANSWERS, max_returns=0), 8), (ANSWERS, 2)])
 def test_no_answer_is_offered(pulls: PullConfig, max_tokens: int) -> None:
     """Switched off, or without a full block that the home does not have."""
     assert offers(decoded(pulls, max_tokens)) == []
@@ -292,11 +294,6 @@ def test_what_was_decoded_where_it_was_prefilled_is_there_already() -> None:
     local = worker("home", ANSWERS)
     computed(local, returns_to="", max_tokens=8)
     assert offers(local) == []
-
-
-def test_answers_need_room_for_returns() -> None:
-    with pytest.raises(ValueError, match="max_returns"):
-        PullConfig(s_per_token=1, returns_answers=True)
 
 
 # --- copies go first ----------------------------------------------------------------------------------------------

@@ -216,6 +216,29 @@ async def test_a_worker_without_a_router_ends_itself_and_drops_everything() -> N
         assert "no router for" in place.ended[0]
 
 
+async def test_a_router_that_hangs_beside_another_loses_its_requests_and_the_worker_lives() -> None:
+    async with (
+        Workplace(LeaseConfig(heartbeat_interval_s=0.05, lease_s=0.5)) as place,
+        grpc.aio.insecure_channel(place.me.address) as channel,
+    ):
+        place.step_s = 0.01
+        hangs, lives = (pb_grpc.WorkerStub(channel).Connect() for _ in range(2))
+        for stream in (hangs, lives):
+            await stream.write(hello())
+            await stream.read()
+        await hangs.write(codec.command_to_proto(RouterCommand(submits=(a_request("orphan", 450),))))
+        await lives.write(codec.command_to_proto(RouterCommand(submits=(a_request("r", 450),))))
+        await next_outputs(hangs, 2)  # and from here on it says nothing more
+        for heartbeat in range(1, 60):
+            await lives.write(codec.command_to_proto(RouterCommand(heartbeat=heartbeat)))
+            if place.engine.stats.num_running == 1:
+                break
+            await asyncio.sleep(0.05)
+        assert place.engine.stats.num_running == 1
+        assert await next_outputs(lives, 2)
+        assert place.ended == []
+
+
 async def test_a_crashed_engine_ends_the_worker(workplace: Workplace) -> None:
     def crash(output: SchedulerOutput) -> StepResult:
         raise RuntimeError("out of memory")

@@ -1,4 +1,4 @@
-"""Two agents in one process, over real gRPC and real gloo."""
+"""Two agents in one process, over real gRPC and real links."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import os
 import secrets
 import threading
 from collections.abc import AsyncIterator
+from dataclasses import replace
 
 import pytest
 import pytest_asyncio
@@ -21,15 +22,19 @@ torch.set_num_threads(1)
 
 
 @pytest_asyncio.fixture
-async def pair() -> AsyncIterator[tuple[Worker, Worker]]:
-    source = await Worker(Role.PREFILL, "p0", CONFIG, seed=1).start()
-    destination = await Worker(Role.DECODE, "d0", CONFIG).start()
+async def pair(request: pytest.FixtureRequest) -> AsyncIterator[tuple[Worker, Worker]]:
+    config = replace(CONFIG, transport=getattr(request, "param", "auto"))
+    source = await Worker(Role.PREFILL, "p0", config, seed=1).start()
+    destination = await Worker(Role.DECODE, "d0", config).start()
     membership(1, source, destination)
     await source.warm("d0")
     yield source, destination
     await source.stop()
     await destination.stop()
     assert source.agent.open_transfers == destination.agent.open_transfers == 0
+
+
+EACH_TRANSPORT = pytest.mark.parametrize("pair", ["gloo", "shared_memory"], indirect=True)
 
 
 def start(source: Worker, destination: Worker, num_blocks: int, request_id: str = "r") -> bytes:
@@ -39,6 +44,7 @@ def start(source: Worker, destination: Worker, num_blocks: int, request_id: str 
     return transfer_id
 
 
+@EACH_TRANSPORT
 async def test_blocks_arrive_whole_chunk_by_chunk(pair: tuple[Worker, Worker]) -> None:
     source, destination = pair
     target = tuple(range(40, 51))
@@ -55,9 +61,12 @@ async def test_blocks_arrive_whole_chunk_by_chunk(pair: tuple[Worker, Worker]) -
     assert torch.equal(destination.store.pool[list(target)], sent)
     assert not destination.store.pool[:40].any()
     assert destination.agent.stats == TransferStats(1, 11 * LAYOUT.block_nbytes, block_nbytes=LAYOUT.block_nbytes)
-    assert source.agent.stats == TransferStats(block_nbytes=LAYOUT.block_nbytes), (
-        "what was sent counts where it was received"
-    )
+    sending = source.agent.stats
+    assert (sending.num_completed, sending.num_bytes) == (0, 0), "what was sent counts where it was received"
+    (link,) = sending.links
+    assert (link.worker_id, link.num_bytes, link.num_queued) == ("d0", 11 * LAYOUT.block_nbytes, 0)
+    assert link.transport == source.config.transport
+    assert 0 < link.busy_s < 1
 
 
 async def test_only_what_the_destination_lacks_moves(pair: tuple[Worker, Worker]) -> None:
@@ -83,6 +92,7 @@ async def test_nothing_moves_where_all_is_held(pair: tuple[Worker, Worker]) -> N
     await source.host.next("closed", transfer_id)
 
 
+@EACH_TRANSPORT
 async def test_many_transfers_share_a_link(pair: tuple[Worker, Worker]) -> None:
     source, destination = pair
     ids = []

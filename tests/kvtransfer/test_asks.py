@@ -15,12 +15,15 @@ import pytest_asyncio
 import torch
 
 from kvtransfer import asks
+from kvtransfer.counters import TransferCounters
+from kvtransfer.greeter import Greeter
 from kvtransfer.handshake import terms_of
 from kvtransfer.memory_link import MemoryTransport
-from kvtransfer.messages import MAX_ASK_NBYTES, MAX_NUM_HASHES, Answer, Hello, Ping, PullAsk, decode, encode
+from kvtransfer.messages import MAX_ASK_NBYTES, MAX_NUM_HASHES, Answer, HelloRefused, Message, Ping, PullAsk
+from kvtransfer.peer_channel import ChannelLost, PeerChannel
 from protos import worker_pb2, worker_pb2_grpc
 from protos.types import PeerRef, Role, TransferKind
-from tests.kvtransfer.workers import CONFIG, LAYOUT, Worker, membership, until
+from tests.kvtransfer.workers import CONFIG, LAYOUT, SECRET, Worker, membership, until
 
 HASHES = tuple(bytes([number]) * 16 for number in range(1, 4))
 PULL = TransferKind.PULL
@@ -220,21 +223,27 @@ async def test_the_link_that_was_unused_for_longest_makes_way_unless_it_is_busy(
 
 
 class Stranger:
-    """Asks by hand."""
+    """Asks by hand, and knows the secret."""
 
     def __init__(self, home: Worker, me: PeerRef) -> None:
-        self.hello = Hello(me, home.me.incarnation, terms_of(LAYOUT, CONFIG))
         self.home = home
+        terms = terms_of(LAYOUT, CONFIG)
+        self._greeter = Greeter(me, terms, SECRET, CONFIG, lambda hello: None, TransferCounters())
 
-    def pull(self, pull_id: bytes) -> bytes:
-        return encode(PullAsk(self.hello, pull_id, PULL, "r", 1, HASHES[0]))
+    async def pull(self, pull_id: bytes = bytes(16)) -> str:
+        return await self.answer(PullAsk(pull_id, PULL, "r", 1, HASHES[0]))
 
-    async def answer(self, body: bytes) -> str:
-        async with grpc.aio.insecure_channel(self.home.me.address) as channel:
-            frame = await worker_pb2_grpc.PeerStub(channel).Ask(worker_pb2.PeerFrame(body=body), timeout=5)
-        answer = decode(frame.body)
-        assert isinstance(answer, Answer)
-        return answer.refusal
+    async def answer(self, ask: Message | bytes) -> str:
+        """ChannelLost where there is none."""
+        async with grpc.aio.insecure_channel(self.home.me.address) as rpc:
+            call = worker_pb2_grpc.PeerStub(rpc).Ask()
+            channel = PeerChannel(call, CONFIG)
+            await self._greeter.greet(channel, self.home.me)
+            await (call.write(worker_pb2.PeerFrame(body=ask)) if isinstance(ask, bytes) else channel.write(ask))
+            match await channel.read(5):
+                case Answer(refusal=refusal) | HelloRefused(reason=refusal):
+                    return refusal
+        raise AssertionError("neither answered nor refused")
 
 
 async def test_a_stranger_gets_nothing(pair: tuple[Worker, Worker]) -> None:
@@ -243,8 +252,7 @@ async def test_a_stranger_gets_nothing(pair: tuple[Worker, Worker]) -> None:
         PeerRef("p1", "another-life", asker.me.address, Role.PREFILL),
         PeerRef("p9", "life", asker.me.address, Role.PREFILL),
     ):
-        stranger = Stranger(home, me)
-        assert "not a member" in await stranger.answer(stranger.pull(bytes(16)))
+        assert "not a member" in await Stranger(home, me).pull()
     assert home.agent.counters.num_refused_hellos == 2
     assert home.host.events == []
     assert home.agent.warm_links == ()
@@ -253,7 +261,7 @@ async def test_a_stranger_gets_nothing(pair: tuple[Worker, Worker]) -> None:
 async def test_nobody_is_served_before_members_are_known() -> None:
     home = await Worker(Role.PREFILL, "p0", CONFIG, transport=MemoryTransport(CONFIG)).start()
     stranger = Stranger(home, PeerRef("p1", "life", "127.0.0.1:1", Role.PREFILL))
-    assert "not known yet" in await stranger.answer(stranger.pull(bytes(16)))
+    assert "not known yet" in await stranger.pull()
     assert home.host.events == []
     await home.stop()
 
@@ -261,20 +269,36 @@ async def test_nobody_is_served_before_members_are_known() -> None:
 async def test_an_id_is_asked_for_once(pair: tuple[Worker, Worker]) -> None:
     home, asker = pair
     stranger = Stranger(home, asker.me)
-    first = asyncio.create_task(stranger.answer(stranger.pull(bytes(16))))
+    first = asyncio.create_task(stranger.pull())
     await home.host.next("asked", bytes(16))
-    assert "before" in await stranger.answer(stranger.pull(bytes(16)))
+    assert "before" in await stranger.pull()
     home.agent.refuse_pull(bytes(16), "no")
     assert await first == "no"
     assert len(home.host.of(bytes(16))) == 1
 
 
-@pytest.mark.parametrize("body", [b"\x80\x04\x95 pickled", encode(Ping()), bytes(MAX_ASK_NBYTES + 1)])
-async def test_what_asks_nothing_is_an_invalid_argument(pair: tuple[Worker, Worker], body: bytes) -> None:
+async def test_an_id_that_is_being_sent_or_thought_about_is_not_asked_for_again(pair: tuple[Worker, Worker]) -> None:
     home, asker = pair
-    with pytest.raises(grpc.aio.AioRpcError) as refused:
-        await Stranger(home, asker.me).answer(body)
-    assert refused.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    stranger = Stranger(home, asker.me)
+    opened: list[PeerRef] = []
+    home.host.answer_pull = lambda pull_id, destination: opened.append(destination)
+    thinking = asyncio.create_task(stranger.pull())
+    await home.host.next("asked", bytes(16))
+    thinking.cancel()  # who asked has left; the host thinks on
+    await asyncio.gather(thinking, return_exceptions=True)
+    assert "before" in await stranger.pull()
+    home.agent.open(bytes(16), opened[0], "r", 1, 2, PULL)
+    assert "before" in await stranger.pull()
+    assert len(home.host.of(bytes(16))) == 1
+    home.agent.abort(bytes(16), "enough")
+    await home.host.next("closed", bytes(16))
+
+
+@pytest.mark.parametrize("ask", [b"\x80\x04\x95 pickled", Ping(), bytes(MAX_ASK_NBYTES + 1)])
+async def test_what_asks_nothing_is_not_answered(pair: tuple[Worker, Worker], ask: Message | bytes) -> None:
+    home, asker = pair
+    with pytest.raises(ChannelLost, match="ended"):
+        await Stranger(home, asker.me).answer(ask)
     assert home.host.events == []
 
 

@@ -8,13 +8,15 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 import grpc
+import pytest
 import pytest_asyncio
 
-from kvtransfer.handshake import terms_of
+from kvtransfer.handshake import DIALLED, DIALLING, proof_of, proves, terms_of
 from kvtransfer.memory_link import MemoryTransport
 from kvtransfer.messages import (
     Abort,
     Ack,
+    Challenge,
     Chunk,
     Commit,
     Hello,
@@ -23,6 +25,7 @@ from kvtransfer.messages import (
     Message,
     Offer,
     Ping,
+    Proof,
     Ready,
     Refuse,
     Stamp,
@@ -31,7 +34,7 @@ from kvtransfer.messages import (
 )
 from protos import worker_pb2, worker_pb2_grpc
 from protos.types import PeerRef, Role, TransferKind
-from tests.kvtransfer.workers import CONFIG, LAYOUT, Worker, until
+from tests.kvtransfer.workers import CONFIG, LAYOUT, SECRET, Worker, membership, until
 
 ME = PeerRef("p0", "life-of-p0", "127.0.0.1:1", Role.PREFILL)
 
@@ -53,9 +56,19 @@ class RawPeer:
                     return message
         return None
 
+    def hello(self, me: PeerRef = ME) -> Hello:
+        return Hello(me, self.destination.me.incarnation, terms_of(LAYOUT, CONFIG), "", secrets.token_bytes(32))
+
+    async def prove(self, hello: Hello, secret: bytes = SECRET) -> None:
+        """As far as knowing the secret goes."""
+        await self.say(hello)
+        challenge = await self.hear()
+        assert isinstance(challenge, Challenge)
+        assert proves(challenge.proof, SECRET, DIALLED, hello, challenge.nonce)
+        await self.say(Proof(proof_of(secret, DIALLING, hello, challenge.nonce)))
+
     async def shake_hands(self, transport: MemoryTransport) -> None:
-        await self.say(Hello(ME, self.destination.me.incarnation, terms_of(LAYOUT, CONFIG)))
-        assert isinstance(await self.hear(), Hello)
+        await self.prove(self.hello())
         offer = await self.hear()
         assert isinstance(offer, LinkOffer)
         self.link = transport.dial(offer, lambda reason: None)
@@ -149,11 +162,53 @@ async def test_a_stranger_is_turned_away_once_members_are_known(raw: RawPeer) ->
     async with grpc.aio.insecure_channel(raw.destination.me.address) as channel:
         stranger = RawPeer(raw.destination, worker_pb2_grpc.PeerStub(channel).Control())
         other = PeerRef("p0", "another-life", "127.0.0.1:1", Role.PREFILL)
-        await stranger.say(Hello(other, raw.destination.me.incarnation, terms_of(LAYOUT, CONFIG)))
+        await stranger.prove(stranger.hello(other))
         refused = await stranger.hear()
         assert isinstance(refused, HelloRefused)
         assert not refused.is_final
     await until(lambda: raw.destination.agent.counters.num_refused_hellos == 1)
+
+
+@pytest.mark.parametrize("method", ["Control", "Ask"])
+async def test_who_does_not_know_the_secret_gets_nothing(raw: RawPeer, method: str) -> None:
+    """Though it is a member by its own account, and answers with what the worker itself has just said."""
+    async with grpc.aio.insecure_channel(raw.destination.me.address) as channel:
+
+        def dials() -> RawPeer:
+            return RawPeer(raw.destination, getattr(worker_pb2_grpc.PeerStub(channel), method)())
+
+        guesses, echoes, replays = dials(), dials(), dials()
+        await guesses.prove(guesses.hello(), secret=bytes(32))
+        await echoes.say(hello := echoes.hello())
+        challenge = await echoes.hear()
+        assert isinstance(challenge, Challenge)
+        await echoes.say(Proof(challenge.proof))
+        await replays.say(hello)
+        await replays.hear()
+        await replays.say(Proof(proof_of(SECRET, DIALLING, hello, challenge.nonce)))  # good on the other stream
+        for stranger in (guesses, echoes, replays):
+            assert isinstance(await stranger.hear(), HelloRefused)
+            assert await stranger.hear() is None
+    assert raw.destination.agent.counters.num_refused_hellos == 3
+    assert raw.destination.host.events == []
+
+
+async def test_who_does_not_know_the_secret_is_told_nothing() -> None:
+    """The worker dials; what answers holds the address of a member."""
+    source = await Worker(Role.PREFILL, "p0", CONFIG, seed=1).start()
+    impostor = await Worker(Role.DECODE, "d0", CONFIG, secret=bytes(32)).start()
+    membership(1, source, impostor)
+    await asyncio.sleep(0.3)
+    assert (source.agent.warm_links, impostor.agent.warm_links) == ((), ())
+    assert impostor.agent.counters.num_refused_hellos == 0, "it was not even asked"
+    transfer_id = secrets.token_bytes(16)
+    source.agent.open(transfer_id, impostor.me, "r", 1, 1)
+    assert "secret" in (await source.host.next("refused", transfer_id))[2]
+    source.agent.offer_return("d0", "r", 1, (bytes(16),))
+    await asyncio.sleep(0.1)
+    assert impostor.host.events == []
+    await source.stop()
+    await impostor.stop()
 
 
 async def test_who_linked_before_members_were_known_and_is_none_is_dropped(raw: RawPeer) -> None:

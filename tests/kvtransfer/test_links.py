@@ -16,7 +16,8 @@ from kvtransfer.config import TransferConfig
 from kvtransfer.gloo_link import GlooTransport
 from kvtransfer.memory_link import MemoryTransport
 from kvtransfer.messages import LinkOffer
-from kvtransfer.transport import Link, LinkFailed, Transport
+from kvtransfer.shared_memory_link import SharedMemoryTransport
+from kvtransfer.transport import LinkFailed, ReceiverLink, SenderLink, Transport
 
 CONFIG = TransferConfig(chunk_timeout_s=0.3, connect_timeout_s=1.0)
 
@@ -26,8 +27,9 @@ class Ends:
 
     def __init__(self, transport: Transport) -> None:
         self.failures: dict[str, list[str]] = {"receiver": [], "sender": []}
-        self.receiver: Link = (listener := transport.listen(self.failures["receiver"].append))
-        self.sender: Link = transport.dial(listener.offer, self.failures["sender"].append)
+        self.receiver: ReceiverLink = transport.listen(transport.beacon, self.failures["receiver"].append)
+        self.sender: SenderLink = transport.dial(self.receiver.offer, self.failures["sender"].append)
+        self.memory = self.sender.allocate(8 << 20)
         thread = threading.Thread(target=self.receiver.connect)
         thread.start()
         self.sender.connect()
@@ -40,10 +42,21 @@ class Ends:
     def both_failed(self) -> bool:
         return all(self.failures.values())
 
+    def fill(self, value: int, num_bytes: int = 1000) -> torch.Tensor:
+        """To be sent: in memory of its own for each value."""
+        return self.memory[value << 12 :][:num_bytes].fill_(value)
 
-@pytest.fixture(params=["memory", "gloo"])
+
+MAKERS: dict[str, Callable[[TransferConfig], Transport]] = {
+    "memory": MemoryTransport,
+    "gloo": GlooTransport,
+    "shared_memory": SharedMemoryTransport,
+}
+
+
+@pytest.fixture(params=MAKERS)
 def transport(request: pytest.FixtureRequest) -> Iterator[Transport]:
-    made: Transport = MemoryTransport(CONFIG) if request.param == "memory" else GlooTransport(CONFIG)
+    made = MAKERS[request.param](CONFIG)
     yield made
     made.close()
 
@@ -71,23 +84,47 @@ def test_operations_pair_by_number(ends: Ends) -> None:
     for number, buffer in enumerate(buffers):
         ends.receiver.post(number, buffer)
     for number in range(3):
-        ends.sender.post(number, data(number + 1))
+        ends.sender.post(number, ends.fill(number + 1))
     for number in range(3):
+        assert ends.receiver.wait(number).tolist() == [number + 1] * 1000
+        ends.receiver.release(number)
         ends.sender.wait(number)
-        ends.receiver.wait(number)
-        assert buffers[number].eq(number + 1).all()
     assert not ends.failures["receiver"]
     assert not ends.failures["sender"]
 
 
 def test_a_large_operation(ends: Ends) -> None:
-    sent = torch.randint(0, 256, (8 << 20,), dtype=torch.uint8)
+    sent = ends.memory.random_(0, 256)
     buffer = torch.zeros_like(sent)
     ends.receiver.post(0, buffer)
     ends.sender.post(0, sent)
+    assert torch.equal(ends.receiver.wait(0), sent)
+    ends.receiver.release(0)
     ends.sender.wait(0)
-    ends.receiver.wait(0)
-    assert torch.equal(buffer, sent)
+
+
+def test_filler_has_its_length_and_its_number(ends: Ends) -> None:
+    for number in range(2):
+        ends.receiver.post(number, data(0))
+    ends.sender.post(0, torch.zeros(1000, dtype=torch.uint8))
+    ends.sender.post(1, ends.fill(7))
+    for number in range(2):
+        assert ends.receiver.wait(number).numel() == 1000
+        ends.receiver.release(number)
+        ends.sender.wait(number)
+
+
+def test_the_sender_waits_until_its_bytes_were_read(ends: Ends) -> None:
+    """Or have left for good: in either case they may be written over then."""
+    ends.receiver.post(0, data(0))
+    ends.sender.post(0, ends.fill(5))
+    received = ends.receiver.wait(0)
+    writes_over = threading.Thread(target=lambda: (ends.sender.wait(0), ends.fill(6)))
+    writes_over.start()
+    time.sleep(0.02)
+    assert received.eq(5).all()
+    ends.receiver.release(0)
+    writes_over.join()
 
 
 def test_numbers_have_no_gaps(ends: Ends) -> None:
@@ -110,7 +147,8 @@ def test_a_missed_deadline_fails_both_ends_for_good(ends: Ends) -> None:
 
 @pytest.mark.parametrize("closing", ["sender", "receiver"])
 def test_close_wakes_waiters_at_both_ends(transport: Transport, closing: str) -> None:
-    ends = Ends(TransportWith(transport, chunk_timeout_s=30.0).transport)
+    patient = with_config(transport, chunk_timeout_s=30.0)
+    ends = Ends(patient)
     ends.receiver.post(0, data(0))
     woken = threading.Event()
 
@@ -130,16 +168,13 @@ def test_close_wakes_waiters_at_both_ends(transport: Transport, closing: str) ->
     soon(lambda: ends.failures[other])
     assert not ends.failures[closing], "an end does not report its own closing"
     ends.close()
+    patient.close()
 
 
-class TransportWith:
+def with_config(transport: Transport, **changes: float) -> Transport:
     """The same kind of transport under another config."""
-
-    def __init__(self, transport: Transport, **changes: float) -> None:
-        config = replace(CONFIG, **changes)  # type: ignore[arg-type]
-        self.transport: Transport = (
-            MemoryTransport(config) if isinstance(transport, MemoryTransport) else GlooTransport(config)
-        )
+    (make,) = [make for make in MAKERS.values() if type(transport) is make]
+    return make(replace(CONFIG, **changes))
 
 
 def test_breaking_the_rules_fails_the_link(ends: Ends) -> None:
@@ -151,7 +186,7 @@ def test_breaking_the_rules_fails_the_link(ends: Ends) -> None:
 
 def test_nobody_at_the_other_end(transport: Transport) -> None:
     failures: list[str] = []
-    link = transport.listen(failures.append)
+    link = transport.listen("", failures.append)
     with pytest.raises(LinkFailed):
         link.connect()
     assert len(failures) == 1
@@ -159,7 +194,7 @@ def test_nobody_at_the_other_end(transport: Transport) -> None:
 
 
 def test_close_is_repeatable_and_possible_before_connect(transport: Transport) -> None:
-    link = transport.listen(lambda reason: None)
+    link = transport.listen("", lambda reason: None)
     link.close()
     link.close()
     with pytest.raises(LinkFailed):
@@ -167,8 +202,10 @@ def test_close_is_repeatable_and_possible_before_connect(transport: Transport) -
 
 
 def test_every_link_has_a_prefix_of_its_own(transport: Transport) -> None:
-    offers = {transport.listen(lambda reason: None).offer for _ in range(5)}
-    assert len({offer.prefix for offer in offers}) == 5
+    links = [transport.listen("", lambda reason: None) for _ in range(5)]
+    assert len({link.offer.prefix for link in links}) == 5
+    for link in links:
+        link.close()
 
 
 def test_links_leave_nothing_behind(transport: Transport) -> None:
@@ -198,7 +235,7 @@ def canaries() -> list[threading.Thread]:
 def test_gloo_listens_where_it_is_told() -> None:
     """A TCPStore left to itself listens on every interface."""
     transport = GlooTransport(CONFIG)
-    offer = transport.listen(lambda reason: None).offer
+    offer = transport.listen("", lambda reason: None).offer
     assert isinstance(offer, LinkOffer)
     assert offer.host == "127.0.0.1"
     with open("/proc/net/tcp") as tcp, open("/proc/net/tcp6") as tcp6:

@@ -16,6 +16,7 @@ from kvtransfer.messages import (
     Accept,
     Ack,
     Answer,
+    Challenge,
     Chunk,
     Commit,
     Hello,
@@ -24,6 +25,7 @@ from kvtransfer.messages import (
     Message,
     Offer,
     Ping,
+    Proof,
     PullAsk,
     Ready,
     Refuse,
@@ -40,11 +42,13 @@ from tests.kvtransfer.workers import LAYOUT
 
 STAMP = Stamp(bytes(range(16)), 3, "life-of-source", "life-of-destination")
 PEER = PeerRef("p0", "life", "10.0.0.1:5000", Role.PREFILL)
-HELLO = Hello(PEER, "other-life", Terms(PROTOCOL_VERSION, LAYOUT, "xxh3_64", 4 << 20))
+HELLO = Hello(PEER, "other-life", Terms(PROTOCOL_VERSION, LAYOUT, "xxh3_64", 4 << 20), "beacon", bytes(32))
 MESSAGES: list[Message] = [
     HELLO,
     HelloRefused("dtype differs", True),
-    LinkOffer("127.0.0.1", 40000, "ab" * 16),
+    Challenge(bytes(range(32)), bytes(32)),
+    Proof(bytes(32)),
+    LinkOffer("127.0.0.1", 40000, "ab" * 16, "gloo"),
     Ping(),
     Offer(STAMP, TransferKind.HANDOFF, "request", 9),
     Accept(STAMP, 2),
@@ -54,8 +58,8 @@ MESSAGES: list[Message] = [
     Commit(STAMP, 12, (1, 2, 3)),
     Ack(STAMP),
     Abort(STAMP, "client left"),
-    PullAsk(HELLO, bytes(range(16)), TransferKind.RETURN, "request", 2, bytes(48)),
-    ReturnAsk(HELLO, "request", 2, bytes(16)),
+    PullAsk(bytes(range(16)), TransferKind.RETURN, "request", 2, bytes(48)),
+    ReturnAsk("request", 2, bytes(16)),
     Answer("the first block asked for is not here"),
 ]
 
@@ -85,6 +89,8 @@ def test_unknown_kinds_and_long_frames_are_refused() -> None:
         decode(b"\xc0" * (MAX_FRAME_NBYTES + 1))
     with pytest.raises(ValueError, match="longer"):
         decode(msgpack.packb(["refuse", *[[bytes(16), 1, "a", "b"]], "x" * (MAX_TEXT_LENGTH + 1)]))
+    with pytest.raises(ValueError, match="32 bytes"):
+        decode(msgpack.packb(["challenge", bytes(31), bytes(32)]))
     with pytest.raises(ValueError, match="16 bytes"):
         decode(msgpack.packb(["ack", [bytes(15), 1, "a", "b"]]))
 
@@ -120,7 +126,7 @@ def test_hashes_come_back(hashes: list[bytes]) -> None:
 
 def test_a_prefix_that_is_too_long_is_asked_for_in_part() -> None:
     hashes = [number.to_bytes(16) for number in range(MAX_NUM_HASHES + 1)]
-    ask = ReturnAsk(HELLO, "x" * MAX_TEXT_LENGTH, 2, pack_hashes(hashes))
+    ask = ReturnAsk("x" * MAX_TEXT_LENGTH, 2, pack_hashes(hashes))
     body = encode(ask)
     assert decode(body, MAX_ASK_NBYTES) == ask
     assert unpack_hashes(ask.block_hashes) == tuple(hashes[:MAX_NUM_HASHES])
@@ -131,10 +137,10 @@ def test_a_prefix_that_is_too_long_is_asked_for_in_part() -> None:
 @pytest.mark.parametrize("packed", [b"", bytes(15), bytes(16 * (MAX_NUM_HASHES + 1))])
 def test_what_are_no_hashes_is_refused(packed: bytes) -> None:
     with pytest.raises(ValueError, match="hashes"):
-        ReturnAsk(HELLO, "request", 2, packed)
+        ReturnAsk("request", 2, packed)
 
 
 @pytest.mark.parametrize("kind", [TransferKind.HANDOFF, TransferKind.MIGRATE])
 def test_only_pulls_and_returns_are_asked_for(kind: TransferKind) -> None:
     with pytest.raises(ValueError, match=kind):
-        PullAsk(HELLO, bytes(16), kind, "request", 2, bytes(16))
+        PullAsk(bytes(16), kind, "request", 2, bytes(16))

@@ -9,13 +9,13 @@ from hypothesis import strategies as st
 
 from kvtransfer.config import TransferConfig
 from kvtransfer.lane_thread import Ticket
-from kvtransfer.staging import StagingRing, as_bytes, checksum_of
+from kvtransfer.staging import StagingRing, as_bytes, checksum_of, private_memory
 from tests.kvtransfer.workers import LAYOUT, altered
 
 
 @given(st.lists(st.booleans(), max_size=30))
 def test_ring(takes: list[bool]) -> None:
-    ring = StagingRing(LAYOUT, 3, 2)
+    ring = StagingRing(LAYOUT, 3, 2, private_memory)
     taken: list[int] = []
     for take in takes:
         if take:
@@ -30,7 +30,7 @@ def test_ring(takes: list[bool]) -> None:
 
 
 def test_slots_do_not_overlap() -> None:
-    ring = StagingRing(LAYOUT, 3, 2)
+    ring = StagingRing(LAYOUT, 3, 2, private_memory)
     for fill in range(3):
         ring.blocks(fill, 2).fill_(fill)
     for fill in range(3):
@@ -43,7 +43,7 @@ def test_slots_do_not_overlap() -> None:
 @given(position=st.integers(0, 2**20), flip=st.integers(1, 255))
 def test_any_changed_byte_changes_the_sum(name: str, dtype: str, position: int, flip: int) -> None:
     layout = altered(LAYOUT, dtype=dtype, itemsize=2 if dtype == "bfloat16" else 4)
-    ring = StagingRing(layout, 1, 2)
+    ring = StagingRing(layout, 1, 2, private_memory)
     data = as_bytes(ring.blocks(0, 2).fill_(1.5))
     checksum = checksum_of(name)  # type: ignore[arg-type]
     before = checksum(data)
@@ -82,5 +82,5 @@ def test_a_block_longer_than_a_chunk_is_a_chunk_of_its_own() -> None:
 
 def test_ring_checks_its_layout() -> None:
     with pytest.raises(AssertionError):
-        StagingRing(altered(LAYOUT, itemsize=2), 1, 1)
-    assert StagingRing(LAYOUT, 1, 1).blocks(0, 1).dtype is torch.float32
+        StagingRing(altered(LAYOUT, itemsize=2), 1, 1, private_memory)
+    assert StagingRing(LAYOUT, 1, 1, private_memory).blocks(0, 1).dtype is torch.float32

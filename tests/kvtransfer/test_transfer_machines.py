@@ -409,6 +409,16 @@ def test_an_early_ack_is_not_believed() -> None:
     assert source.on(Gathered(0, 1), 0) == [ReportClosed(TransferFailure.CORRUPT)]
 
 
+def test_a_receive_of_another_length_gets_filler() -> None:
+    source = SourceTransfer(STAMP, "r", 2, BLOCK_NBYTES, CONFIG)
+    source.on(Opened(), 0)
+    source.on(Received(Accept(STAMP, 0)), 0)
+    source.on(BlocksComputed(0, (5, 6)), 0)
+    source.on(Gathered(0, 1), 0)
+    assert source.on(Received(Ready(STAMP, 0, 0, BLOCK_NBYTES)), 0) == [SendFiller(0, BLOCK_NBYTES)]
+    assert source.on(Received(Ready(STAMP, 0, 1, 2 * BLOCK_NBYTES)), 0) == [SendChunk(0, 1)]
+
+
 def test_source_deadlines() -> None:
     source = SourceTransfer(STAMP, "r", 1, BLOCK_NBYTES, CONFIG)
     source.on(Opened(), 10)

@@ -19,6 +19,7 @@ from protos.types import KVLayout, PeerRef, Role, TransferKind
 
 LAYOUT = KVLayout("model-a", "float32", 2, 2, 8, 4, 4)  # 1 KiB a block
 NUM_BLOCKS = 64
+SECRET = bytes(range(32))
 CONFIG = TransferConfig(chunk_nbytes=2 * LAYOUT.block_nbytes, num_staging_chunks=2)  # equal in every process
 
 
@@ -134,8 +135,10 @@ class Worker:
         layout: KVLayout = LAYOUT,
         seed: int | None = None,
         transport: Transport | None = None,
+        secret: bytes = SECRET,
     ) -> None:
         self.role, self.worker_id, self.config, self.transport = role, worker_id, config, transport
+        self.secret = secret
         self.store = TensorStore(layout, seed)
         self.host = RecordingHost()
         self.me: PeerRef
@@ -145,7 +148,7 @@ class Worker:
         self.server = grpc.aio.server()
         port = self.server.add_insecure_port("127.0.0.1:0")
         self.me = PeerRef(self.worker_id, secrets.token_hex(8), f"127.0.0.1:{port}", self.role)
-        self.agent = TransferAgent(self.me, self.store, self.host, self.config, self.transport)
+        self.agent = TransferAgent(self.me, self.store, self.host, self.config, self.secret, self.transport)
         self.agent.add_to_server(self.server)
         await self.agent.start()
         await self.server.start()

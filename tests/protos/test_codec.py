@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from protos import codec
+from protos.cost_model import PullCost, prefill_line
 from protos.step_moments import TERMS, StepKind, StepMoments
 from protos.types import (
     Abort,
@@ -16,8 +17,11 @@ from protos.types import (
     GenerateRequest,
     Handoff,
     HandoffRefused,
+    LinkStats,
     Logprobs,
     PeerRef,
+    PullOutcome,
+    PullStats,
     Retarget,
     Role,
     RouterCommand,
@@ -88,7 +92,8 @@ def test_command_survives_the_wire() -> None:
 def test_report_survives_the_wire() -> None:
     account = WorkerAccount(3, 0.1, 0.2, 1, 4096, 0.3, 0.05, 64, ServingMode.RECOMPUTED, "checksum mismatch")
     num_failed = ((TransferFailure.CORRUPT, 3), (TransferFailure.REFUSED, 4))
-    transfers = TransferStats(1, 2, num_failed, 4096)
+    links = (LinkStats("decode-0", "gloo", 1 << 40, 0.25, 3, 4), LinkStats("decode-1", ""))
+    transfers = TransferStats(1, 2, num_failed, 4096, links, 5)
     moments = tuple(StepMoments(kind, tuple(1.25 * i for i in range(len(TERMS)))) for kind in StepKind)
     report = WorkerReport(
         heartbeat=3,
@@ -97,7 +102,28 @@ def test_report_survives_the_wire() -> None:
             TokenOutput("r2", 1, 0, (), FinishReason.ERROR, account, "why"),
         ),
         refusals=(HandoffRefused("r1", 1, "no room"),),
-        stats=WorkerStats(1, 2, 3, 4, 5, 6, 7, False, 8, 0.5, ("decode-0",), 11, transfers, 12, moments),
+        stats=WorkerStats(
+            1,
+            2,
+            3,
+            4,
+            5,
+            6,
+            7,
+            False,
+            8,
+            0.5,
+            ("decode-0",),
+            11,
+            transfers,
+            12,
+            moments,
+            prefill_cost=prefill_line(0.25, 0.5, 0.125),
+            pull_cost=PullCost(0.5, 0.25),
+            num_cached_host_blocks=13,
+            num_host_loaded_tokens=14,
+            pulls=PullStats(((PullOutcome.DONE, 3), (PullOutcome.LATE, 1)), 1024),
+        ),
     )
     assert codec.report_from_proto(codec.report_to_proto(report)) == report
 

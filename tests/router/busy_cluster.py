@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from protos.types import ServingMode
 from router.account import RequestAccount
 from router.config import RouterConfig
+from router.published_view import KnownWorker
 from router.recent_requests import EndedRequest, RecentRequests
 from router.router import Router
 from router.status import ClusterStatus, StatusEvent
@@ -26,13 +27,18 @@ def account(prefill_worker: str, decode_worker: str, **fields: object) -> Reques
         "mode_reason": "",
         "num_attempts": 1,
         "num_predicted_cached_tokens": 0,
+        "num_predicted_pulled_tokens": 0,
         "num_cached_tokens": 64,
+        "num_pulled_tokens": 0,
+        "num_failed_pulls": 0,
         "num_held_tokens": 0,
         "num_kv_bytes": 400_000,
         "transfer_s": 0.03,
         "transfer_exposed_s": 0.004,
         "num_preemptions": 0,
+        "num_moves": 0,
         "queued_s": 0.01,
+        "pull_s": 0.0,
         "prefill_s": 0.06,
         "ttft_s": 0.08,
         "tpot_s": 0.02,
@@ -61,10 +67,10 @@ class BusyCluster:
         self.recent = RecentRequests()
         self.status.set_expected(self.num_prefill, self.num_decode)
         for worker_id in self.prefill + self.decode:
-            self.status.note_up(peer(worker_id), pid=0)
+            self.status.note(KnownWorker(peer(worker_id), 0, is_up=True))
         for worker_id in down:
             self.status.note_down(peer(worker_id))
-        self.status.membership_version = len(live)
+        self.status.view_version = len(live)
         self.status.events.append(StatusEvent(NOW - 3990.0, "ready"))
         self.status.events += [StatusEvent(NOW - 100.0, f"lost {worker_id}: no frame for 1.5 s") for worker_id in down]
         for number in range(150):

@@ -8,6 +8,7 @@ import grpc
 import pytest
 from openai import AsyncOpenAI
 
+from cluster.view_publisher import ViewPublisher
 from protos import inference_pb2 as pb
 from protos.inference_pb2_grpc import ClusterStub, InferenceStub
 from protos.types import PeerRef
@@ -43,9 +44,10 @@ SERVED = ServedModel(
 
 @dataclass
 class Service:
-    """A router server, its fake workers and a client."""
+    """A router server, who publishes views to it, its fake workers and a client."""
 
     server: RouterServer
+    publisher: ViewPublisher
     fabric: Fabric
     port: int
     channel: grpc.aio.Channel
@@ -72,8 +74,25 @@ class Service:
 
     async def add(self, worker: FakeWorker) -> FakeWorker:
         self.workers[worker.worker_id] = worker
-        await self.server.add_worker(await worker.start())
+        await self.join(await worker.start())
         return worker
+
+    async def join(self, ref: PeerRef) -> list[str]:
+        """Why it is not reached."""
+        self.publisher.joined(ref, pid=0)
+        return [one.reason for one in await self.server.take(self.publisher.view)]
+
+    async def remove(self, worker_id: str, incarnation: str = "1") -> None:
+        self.publisher.left(replace(self.workers[worker_id].ref, incarnation=incarnation))
+        await self.server.take(self.publisher.view)
+
+    async def follow(self) -> None:
+        """As cluster/routers.py does, for as long as it runs."""
+        self.publisher.router_up("router-0")
+        while True:
+            lost = self.publisher.heard("router-0", await self.server.news())
+            self.lost += [(one.ref, one.reason) for one in lost]
+            await self.server.take(self.publisher.view)
 
     async def generate(self, **fields: object) -> list[pb.GenerateResponse]:
         request = pb.GenerateRequest(**fields)  # type: ignore[arg-type]
@@ -90,16 +109,17 @@ async def eventually(condition: Callable[[], bool], timeout_s: float = 10.0) -> 
 async def launch() -> AsyncIterator[Callable[..., object]]:
     """launch(worker ids..., config=..., served=...): a service that listens; with any workers, a ready one."""
     services: list[Service] = []
+    followers: list[asyncio.Task[None]] = []
 
     async def start(
         *worker_ids: str, config: RouterConfig = CONFIG, served: ServedModel = SERVED, token_s: float = 0.0
     ) -> Service:
-        lost: list[tuple[PeerRef, str]] = []
-        server = RouterServer(config, served, on_worker_lost=lambda ref, reason: lost.append((ref, reason)))
+        server = RouterServer(config, served)
         port = await server.start()
         channel = grpc.aio.insecure_channel(f"127.0.0.1:{port}")
-        service = Service(server, Fabric(token_s=token_s), port, channel, lost=lost)
+        service = Service(server, ViewPublisher(config, 1), Fabric(token_s=token_s), port, channel)
         services.append(service)
+        followers.append(asyncio.create_task(service.follow()))
         num_prefill = sum(worker_id.startswith("p") for worker_id in worker_ids)
         server.set_expected(num_prefill, len(worker_ids) - num_prefill)
         for worker_id in worker_ids:
@@ -111,6 +131,8 @@ async def launch() -> AsyncIterator[Callable[..., object]]:
         return service
 
     yield start
+    for follower in followers:
+        follower.cancel()
     for service in services:
         for client in service.clients:
             await client.close()

@@ -50,10 +50,10 @@ class FakeWorker(WorkerServicer):
         self.warm_links: tuple[str, ...] = ("d-0", "d-1")
         self.num_blocks = num_blocks
         self.is_silent = False  # no heartbeats
+        self.shuns: set[str] = set()  # ids of routers whose streams end
         self.commands: list[RouterCommand] = []
         self.generating: dict[tuple[str, int], asyncio.Task[None]] = {}
         self._fabric = fabric
-        self._reports: asyncio.Queue[WorkerReport] = asyncio.Queue()
         self._server = grpc.aio.server()
         self._address = ""
 
@@ -83,6 +83,8 @@ class FakeWorker(WorkerServicer):
     async def Connect(self, frames: AsyncIterator[pb.RouterFrame], context: object) -> AsyncIterator[pb.WorkerFrame]:
         hello = (await anext(aiter(frames))).hello
         assert hello.protocol_version == PROTOCOL_VERSION
+        if hello.router_id in self.shuns:
+            return
         yield pb.WorkerFrame(
             hello=pb.WorkerHello(
                 protocol_version=PROTOCOL_VERSION,
@@ -92,13 +94,14 @@ class FakeWorker(WorkerServicer):
                 model_fingerprint=self.fingerprint,
             )
         )
-        reader = asyncio.create_task(self._read(frames))
+        reports: asyncio.Queue[WorkerReport] = asyncio.Queue()
+        reader = asyncio.create_task(self._read(frames, reports))
         heartbeat = 0
         try:
-            while True:
+            while hello.router_id not in self.shuns:
                 heartbeat += not self.is_silent
                 try:
-                    report = await asyncio.wait_for(self._reports.get(), 0.05)
+                    report = await asyncio.wait_for(reports.get(), 0.05)
                     yield report_to_proto(WorkerReport(heartbeat, report.outputs, report.refusals, self._stats()))
                 except TimeoutError:
                     yield report_to_proto(WorkerReport(heartbeat, stats=self._stats()))
@@ -108,19 +111,19 @@ class FakeWorker(WorkerServicer):
     def _stats(self) -> WorkerStats:
         return WorkerStats(num_blocks=self.num_blocks, num_free_blocks=self.num_blocks, warm_links=self.warm_links)
 
-    async def _read(self, frames: AsyncIterator[pb.RouterFrame]) -> None:
+    async def _read(self, frames: AsyncIterator[pb.RouterFrame], reports: asyncio.Queue[WorkerReport]) -> None:
         async for frame in frames:
             command = command_from_proto(frame)
             self.commands.append(command)
             for request in command.submits:
                 key = (request.request_id, request.attempt)
-                self.generating[key] = asyncio.create_task(self._generate(request))
+                self.generating[key] = asyncio.create_task(self._generate(request, reports))
             for abort in command.aborts:
                 task = self.generating.pop((abort.request_id, abort.attempt), None)
                 if task is not None:
                     task.cancel()
 
-    async def _generate(self, request: GenerateRequest) -> None:
+    async def _generate(self, request: GenerateRequest, reports: asyncio.Queue[WorkerReport]) -> None:
         index, last = request.num_committed_tokens, request.sampling_params.max_tokens
         account = WorkerAccount(num_cached_tokens=3)
         if request.handoff_from is not None:
@@ -141,7 +144,7 @@ class FakeWorker(WorkerServicer):
                 finish,
                 account if is_finished else None,
             )
-            self._reports.put_nowait(WorkerReport(outputs=(output,)))
+            reports.put_nowait(WorkerReport(outputs=(output,)))
             index += len(token_ids)
         if request.handoff_to is not None:
             self._fabric.transfer(request.handoff_to.transfer_id).set()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from copy import deepcopy
+from dataclasses import replace
 from typing import Any
 
 import grpc
@@ -11,7 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from protos import inference_pb2 as pb
+from protos.cost_model import PullCost
 from router.explain import Explanation, explain
+from router.policies.config import PolicyConfig
 from router.responses import explain_response
 from router.router import Router
 from tests.router.answers import sampling
@@ -90,14 +93,38 @@ def test_every_worker_is_a_candidate_with_its_estimates() -> None:
     effects = router.on(arrived("first", prompt), 0.0)
     warm = next(worker_id for worker_id in sends(effects) if worker_id.startswith("p"))
     route = explained(router, prompt)
-    assert {one.worker_id for one in route.prefill_candidates} == {"p-0", "p-1"} == set(route.home_worker_ids)
-    by_id = {one.worker_id: one for one in (*route.prefill_candidates, *route.decode_candidates)}
+    assert {one.candidate.worker_id for one in route.prefill_candidates} == {"p-0", "p-1"} == set(route.home_worker_ids)
+    options = (*route.prefill_candidates, *route.decode_candidates)
+    by_id = {one.candidate.worker_id: one.candidate for one in options}
     assert (by_id[warm].num_cached_tokens, by_id[warm].num_pending_tokens) == (8, 9)
     assert by_id["d-0"].num_free_blocks == 97  # 9 tokens, 3 blocks, placed
-    answer = explain_response(route, len(prompt))
+    answer = explain_response(route, len(prompt), 7)
     estimates = {one.worker_id: one.ttft_estimate_s for one in answer.prefill_candidates}
     assert estimates.pop(warm) == (9 + 9 - 8) * 0.5
     assert list(estimates.values()) == [9 * 0.5]
+
+
+def test_it_tells_what_would_be_pulled_and_who_waits_there() -> None:
+    config = replace(CONFIG, policy=PolicyConfig("round_robin"), dispatch_tokens=1, refuses_early=False)
+    router = make_router("p-0", "p-1", "d-0", config=config)
+    for worker_id in ("p-0", "p-1"):
+        router.on(reported(worker_id, stats=stats(prefill_s_per_token=1.0, pull_cost=PullCost(0.25))), 0.0)
+    shared = list(range(8))
+    for number in range(5):
+        router.on(arrived(f"r{number}", [*(shared if number == 0 else ()), 50 + number]), 0.0)
+    event = arrived("x", [*shared, 99])
+    route = explain(config, router.view, router.planner, event.links, 9, 8)
+    by_id = {one.candidate.worker_id: one for one in route.prefill_candidates}
+    held = {worker_id: one.candidate.num_cached_tokens for worker_id, one in by_id.items()}
+    [cold] = [worker_id for worker_id, num_tokens in held.items() if num_tokens == 0]
+    assert by_id[cold].num_pulled_tokens == 8
+    assert by_id[cold].ttft_s == by_id[cold].candidate.ttft_s - 8 * (1.0 - 0.25)
+    assert sorted(one.num_queued for one in by_id.values()) == [1, 2]
+    chosen = by_id[route.prefill_worker]
+    assert route.prefill_reason.endswith(f"; queued, {chosen.num_queued} there before")
+    router.on(event, 0.0)
+    queued = router._in_flight["x"].queued
+    assert queued is not None and queued.prefill_reason == route.prefill_reason
 
 
 def test_no_worker_is_up() -> None:

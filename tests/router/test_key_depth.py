@@ -28,8 +28,8 @@ def test_a_shared_prefix_gets_a_longer_key_until_requests_are_told_apart() -> No
     depths = KeyDepths(CONFIG)
     observe(depths, SHARED, 20)
     # Three blocks are common to all; the fourth differs.
-    assert depths.depth(chain((*SHARED, 1))) == 4
-    assert depths.depth(chain((8, 8, 8))) == 1
+    assert depths.table.depth(chain((*SHARED, 1))) == 4
+    assert depths.table.depth(chain((8, 8, 8))) == 1
 
 
 def test_a_prefix_that_has_cooled_down_gets_its_short_key_back() -> None:
@@ -39,7 +39,7 @@ def test_a_prefix_that_has_cooled_down_gets_its_short_key_back() -> None:
     assert extended == 3
     changes = [change for index in range(20) for change in depths.observe(chain((index, 1)), 8)]
     assert [change.link for change in changes if not change.extends] == list(reversed(chain(SHARED)))
-    assert depths.depth(chain((*SHARED, 1))) == 1
+    assert depths.table.depth(chain((*SHARED, 1))) == 1
     assert len(depths.table) == 0
 
 
@@ -51,7 +51,7 @@ def test_between_hot_and_cold_nothing_changes() -> None:
         tokens = (*SHARED, index % 100) if index % 20 < 7 else (100 + index % 100, 1)
         changes = depths.observe(chain(tokens), 8)
         assert not [change for change in changes if change.link in chain(SHARED)]
-    assert depths.depth(chain((*SHARED, 1))) == 4
+    assert depths.table.depth(chain((*SHARED, 1))) == 4
 
 
 def test_without_overrides_the_thresholds_follow_the_number_of_workers() -> None:
@@ -69,11 +69,11 @@ def test_without_overrides_the_thresholds_follow_the_number_of_workers() -> None
 def test_a_key_is_never_shorter_than_the_least_nor_longer_than_the_most() -> None:
     config = KeyDepthConfig(min_blocks=2, max_blocks=3, window=20, hot_share=0.5, cold_share=0.25)
     depths = KeyDepths(config)
-    assert depths.depth(chain((1, 2, 3))) == 2
+    assert depths.table.depth(chain((1, 2, 3))) == 2
     observe(depths, (9, 9, 9, 9), 20)
-    assert depths.depth(chain((9, 9, 9, 9))) == 3
-    assert depths.depth(chain((9,))) == 1
-    assert depths.depth(()) == 0
+    assert depths.table.depth(chain((9, 9, 9, 9))) == 3
+    assert depths.table.depth(chain((9,))) == 1
+    assert depths.table.depth(()) == 0
 
 
 def test_the_previous_depth_is_where_the_kv_may_still_lie() -> None:
@@ -81,25 +81,25 @@ def test_the_previous_depth_is_where_the_kv_may_still_lie() -> None:
     longer = chain((*SHARED, 1))
     assert depths.table.previous_depth(longer) is None
     observe(depths, SHARED, 11)  # the eleventh makes it more than half of the window
-    assert (depths.depth(longer), depths.table.previous_depth(longer)) == (2, 1)
+    assert (depths.table.depth(longer), depths.table.previous_depth(longer)) == (2, 1)
     observe(depths, SHARED, 1)
-    assert (depths.depth(longer), depths.table.previous_depth(longer)) == (3, 2)
+    assert (depths.table.depth(longer), depths.table.previous_depth(longer)) == (3, 2)
     observe(depths, SHARED, 8)
     for index in range(20):
         depths.observe(chain((index, 1)), 8)
     # Shortened from the deepest on: the last change was that of the first block.
-    assert (depths.depth(longer), depths.table.previous_depth(longer)) == (1, 2)
+    assert (depths.table.depth(longer), depths.table.previous_depth(longer)) == (1, 2)
 
 
 def test_kv_of_a_shorter_prompt_is_looked_for_where_its_shorter_key_pointed() -> None:
     depths = KeyDepths(CONFIG)
     longer = chain((*SHARED, 1, 2))
-    assert depths.earlier_depths(longer) == []
+    assert depths.table.earlier_depths(longer) == []
     observe(depths, SHARED, 20)
-    assert (depths.depth(longer), depths.earlier_depths(longer)) == (4, [3, 2, 1])
+    assert (depths.table.depth(longer), depths.table.earlier_depths(longer)) == (4, [3, 2, 1])
     for index in range(20):
         depths.observe(chain((index, 1)), 8)
-    assert (depths.depth(longer), depths.earlier_depths(longer)) == (1, [2])
+    assert (depths.table.depth(longer), depths.table.earlier_depths(longer)) == (1, [2])
 
 
 def test_versions_are_applied_in_order() -> None:
@@ -121,7 +121,7 @@ def test_tables_with_equal_versions_agree(
             elsewhere.apply(change)
     assert elsewhere.version == depths.table.version
     for one in (*chains, asked):
-        assert elsewhere.depth(one) == depths.depth(one)
+        assert elsewhere.depth(one) == depths.table.depth(one)
         assert elsewhere.previous_depth(one) == depths.table.previous_depth(one)
 
 
@@ -146,7 +146,7 @@ def test_cold_prefixes_are_shortened_however_they_came_to_be(links: tuple[bytes,
         depths.observe(links, num_workers=4)
     for index in range(window):
         depths.observe(chain((100 + index,)), num_workers=4)
-    assert depths.depth(links) == min(1, len(links))
+    assert depths.table.depth(links) == min(1, len(links))
 
 
 @pytest.mark.parametrize(

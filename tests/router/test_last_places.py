@@ -19,7 +19,7 @@ PROMPTS = st.lists(st.integers(0, 1), max_size=5).map(
 def test_it_finds_the_longest_prompt_that_is_continued(
     placed: list[tuple[tuple[bytes, ...], str]], links: tuple[bytes, ...]
 ) -> None:
-    places, known = LastPlaces(), dict[bytes, str]()
+    places, known = LastPlaces[str](), dict[bytes, str]()
     for prompt, worker_id in placed:
         places.note(prompt, worker_id)
         if prompt:
@@ -28,7 +28,7 @@ def test_it_finds_the_longest_prompt_that_is_continued(
 
 
 def test_the_oldest_are_forgotten() -> None:
-    places = LastPlaces(max_prompts=2)
+    places = LastPlaces[str](max_prompts=2)
     for name in (b"a", b"b", b"a", b"c"):
         places.note((name,), name.decode())
     assert [places.find((name,)) for name in (b"a", b"b", b"c")] == ["a", None, "c"]

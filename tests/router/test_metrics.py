@@ -11,11 +11,22 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from protos.cost_model import PullCost
 from protos.step_moments import TERMS, StepKind, StepMoments
-from protos.types import FinishReason, ServingMode, TransferFailure, TransferStats, WorkerAccount
+from protos.types import (
+    FinishReason,
+    LinkStats,
+    PullOutcome,
+    PullStats,
+    ServingMode,
+    TransferFailure,
+    TransferStats,
+    WorkerAccount,
+)
 from router.driver import Driver
 from router.events import Arrived, Fail, RefusedFor, Send, WorkerDown, WorkerUp
 from router.metrics import RouterMetrics
+from router.published_view import KnownWorker
 from router.router import Router
 from router.status import ClusterStatus
 from router.worker_channel import WorkerChannel
@@ -52,8 +63,8 @@ class Cluster:
     def join(self, worker_id: str) -> None:
         self.driver.channels[worker_id] = Recorder()
         self.driver.feed(WorkerUp(peer(worker_id)))
-        self.status.note_up(peer(worker_id), 1)
-        self.driver.feed(reported(worker_id, stats=stats(step_moments=MOMENTS)))
+        self.status.note(KnownWorker(peer(worker_id), 1, is_up=True))
+        self.driver.feed(reported(worker_id, stats=stats(step_moments=MOMENTS, pull_cost=PullCost(2e-6, 0.01))))
 
     def report(self, at: float, worker_id: str, *outputs: object, **fields: object) -> None:
         self.now = at
@@ -72,7 +83,7 @@ class Cluster:
 def serve_disaggregated(cluster: Cluster, request_id: str = "r1") -> None:
     cluster.now = 10.0
     calls = cluster.driver.open_calls([arrived(request_id, PROMPT, max_tokens=4)])
-    cached = WorkerAccount(num_cached_tokens=4, num_preemptions=1)
+    cached = WorkerAccount(num_cached_tokens=4, num_pulled_tokens=2, num_preemptions=1)
     cluster.report(10.5, "p-0", output(request_id, 0, 7, account=cached))
     cluster.report(11.0, "d-0", output(request_id, 1, 8, 9))
     account = WorkerAccount(
@@ -102,7 +113,8 @@ def test_a_disaggregated_request_is_told_whole() -> None:
     assert cluster.value("prompt_tokens_total") == 9
     assert cluster.value("output_tokens_total") == 4
     assert cluster.value("cached_tokens_total") == 4
-    assert cluster.value("predicted_cached_tokens_total") == 0
+    assert cluster.value("pulled_tokens_total") == 2
+    assert cluster.value("predicted_cached_tokens_total") == cluster.value("predicted_pulled_tokens_total") == 0
     assert cluster.value("held_tokens_total") == 4
     assert cluster.value("kv_transfer_bytes_total") == 4096
     assert cluster.value("kv_transfer_seconds_total") == 0.5
@@ -190,7 +202,8 @@ def test_a_failure_is_named_by_its_status() -> None:
 def test_workers_are_told_as_they_report() -> None:
     cluster = Cluster("p-0", "d-0")
     cluster.status.set_expected(1, 2)
-    transfers = TransferStats(5, 1000, ((TransferFailure.CORRUPT, 2),), block_nbytes=4096)
+    links = (LinkStats("d-0", "shared_memory", 1 << 20, 0.5, 2, 1), LinkStats("d-1", "", num_failures=3))
+    transfers = TransferStats(5, 1000, ((TransferFailure.CORRUPT, 2),), 4096, links, num_refused_peers=6)
     report = stats(
         num_running=3,
         num_waiting=4,
@@ -205,6 +218,11 @@ def test_workers_are_told_as_they_report() -> None:
         warm_links=("d-0",),
         num_steps=9,
         transfers=transfers,
+        num_host_blocks=300,
+        num_cached_host_blocks=120,
+        num_host_loaded_tokens=640,
+        pull_cost=PullCost(0.5, 0.25),
+        pulls=PullStats(((PullOutcome.DONE, 7), (PullOutcome.LATE, 2)), 512),
     )
     cluster.report(1.0, "p-0", stats=report)
     told = {name: cluster.value(f"worker_{name}", **P0) for name in (
@@ -214,9 +232,19 @@ def test_workers_are_told_as_they_report() -> None:
     assert list(told.values()) == [1, 3, 4, 77, 0.25, 1, 1, 9, 5, 1000, 4096], told
     blocks = {state: cluster.value("worker_kv_blocks", state=state, **P0) for state in ("free", "cached", "held")}
     assert blocks == {"free": 10, "cached": 20, "held": 25}
+    host = [cluster.value(f"worker_{name}", **P0) for name in ("host_blocks", "cached_host_blocks")]
+    assert host == [300, 120] and cluster.value("worker_host_loaded_tokens_total", **P0) == 640
     assert cluster.value("worker_kv_blocks", state="leased", **P0) == 4
     assert cluster.value("worker_kv_transfer_failures_total", reason="corrupt", **P0) == 2
     assert cluster.total("worker_kv_transfer_failures_total") == 2
+    assert cluster.value("worker_refused_peers_total", **P0) == 6
+    pulls = [cluster.value("worker_pulls_total", outcome=each.value, **P0) for each in PullOutcome]
+    assert pulls == [7, 0, 0, 2] and cluster.value("worker_pulled_tokens_total", **P0) == 512
+    assert [cluster.value(f"worker_pull_{name}_seconds", **P0) for name in ("token", "base")] == [0.5, 0.25]
+    link = {"source": "p-0", "destination": "d-0", "transport": "shared_memory"}
+    names = ("bytes_total", "busy_seconds_total", "queued_chunks", "failures_total")
+    assert [cluster.value(f"link_{name}", **link) for name in names] == [1 << 20, 0.5, 2, 1]
+    assert cluster.value("link_failures_total", source="p-0", destination="d-1", transport="") == 3
     assert cluster.value("worker_ledger_imbalance", worker="d-0", role="decode") == 0
     assert cluster.value("workers", role="prefill", state="up") == 1
     assert cluster.value("workers_expected", role="decode") == 2
@@ -294,12 +322,14 @@ def exposed(cluster: Cluster) -> dict[str, tuple[str, frozenset[str]]]:
 def test_the_docs_name_every_metric() -> None:
     cluster = Cluster("p-0", "d-0")
     serve_disaggregated(cluster)
+    transfers = TransferStats(links=(LinkStats("d-0", "gloo"),))
+    cluster.report(9.0, "p-0", stats=stats(transfers=transfers))
     assert documented() == exposed(cluster)
 
 
 def test_the_docs_name_every_reason() -> None:
     text = (ROOT / "docs/metrics.md").read_text()
-    names = [*RefusedFor, *TransferFailure, *ServingMode, *FinishReason]
+    names = [*RefusedFor, *TransferFailure, *PullOutcome, *ServingMode, *FinishReason]
     assert not [name for name in names if f"`{name}`" not in text and name is not FinishReason.ERROR]
 
 

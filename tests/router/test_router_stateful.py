@@ -11,7 +11,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from protos.cost_model import CostModel
+from protos.cost_model import CostModel, PullCost, prefill_line
 from protos.types import FinishReason, GenerateRequest, Role
 from router.config import DecodePolicyName, RouterConfig
 from router.events import (
@@ -50,7 +50,7 @@ configs = st.builds(
     adapts_key_depth=st.booleans(),
     cost=st.sampled_from((None, SECOND_PER_TOKEN)),
     ttft_slo_s=st.sampled_from((1.0, 20.0)),  # with the cost model and without, a few requests are in time
-    pull_s_per_token=st.sampled_from((0.0, 0.1)),
+    pull_s_per_token=st.sampled_from((None, 0.0, 0.1)),
     decode_policy=st.sampled_from(get_args(DecodePolicyName)),
     max_local_prefill_tokens=st.sampled_from((0, 3, 12)),
     policy=st.sampled_from([PolicyConfig(name) for name in get_args(PolicyName)]) | st.just(BY_AFFINITY),
@@ -136,13 +136,14 @@ class RouterMachine(RuleBasedStateMachine):
         for index in range(num):
             self.arrive([*prefix, index, index, index, index], 3, 0)
 
-    @rule(worker_id=st.sampled_from(WORKERS))
-    def start_worker(self, worker_id: str) -> None:
+    @rule(worker_id=st.sampled_from(WORKERS), pull=st.sampled_from((None, PullCost(0.01))), fits=st.booleans())
+    def start_worker(self, worker_id: str, pull: PullCost | None = None, fits: bool = False) -> None:
         if worker_id not in self.workers:
             self.num_lives += 1
             self.workers[worker_id] = ModelWorker(peer(worker_id, str(self.num_lives)))
             self.feed(WorkerUp(self.workers[worker_id].ref))
-            measured = stats(prefill_s_per_token=0.05)
+            fitted = prefill_line(0.1, 0.05, 0.001) if fits else None
+            measured = stats(prefill_s_per_token=0.05, pull_cost=pull, prefill_cost=fitted)
             self.feed(reported(worker_id, incarnation=str(self.num_lives), stats=measured))
 
     @precondition(lambda self: self.workers)

@@ -84,9 +84,9 @@ async def test_all_workers_gone_then_one_comes_back(launch: Any) -> None:
 
 async def test_a_removed_worker_takes_no_more_work(launch: Any) -> None:
     service = await launch("p-0", "d-0", "d-1")
-    await service.server.remove_worker("d-0", "another life", "test")
+    await service.remove("d-0", "another life")
     assert len((await service.inference.GetLoads(pb.GetLoadsRequest())).workers) == 3
-    await service.server.remove_worker("d-0", "1", "scaled down")
+    await service.remove("d-0")
     for index in range(5):
         await service.generate(text=f"prompt {index}", sampling_params=sampling())
     assert not service.workers["d-0"].submits
@@ -102,7 +102,7 @@ async def test_membership_goes_to_all(launch: Any) -> None:
         return commands[-1].membership_version, sorted(ref.worker_id for ref in commands[-1].members or ())
 
     await eventually(lambda: all(last_members(w) == (3, ["d-0", "d-1", "p-0"]) for w in service.workers))
-    await service.server.remove_worker("d-1", "1", "test")
+    await service.remove("d-1")
     await eventually(lambda: last_members("p-0") == last_members("d-0") == (4, ["d-0", "p-0"]))
 
 
@@ -118,8 +118,8 @@ async def test_a_worker_that_does_not_fit_is_refused(launch: Any, field: str, va
     worker = FakeWorker("p-0", service.fabric)
     ref = await worker.start()
     setattr(worker, field, value)
-    with pytest.raises(ConnectionError, match=message):
-        await service.server.add_worker(ref)
+    (reason,) = await service.join(ref)
+    assert message in reason
     await worker.kill()
     assert not service.server._driver.channels
 
@@ -127,14 +127,14 @@ async def test_a_worker_that_does_not_fit_is_refused(launch: Any, field: str, va
 async def test_a_worker_that_is_not_there(launch: Any) -> None:
     service = await launch(config=with_fields(connect_timeout_s=0.3))
     ref = replace(FakeWorker("p-0", Fabric()).ref, address="127.0.0.1:1")
-    with pytest.raises(ConnectionError, match=r"worker p-0 at 127\.0\.0\.1:1"):
-        await service.server.add_worker(ref)
+    (reason,) = await service.join(ref)
+    assert reason.startswith("worker p-0 at 127.0.0.1:1")
 
 
 async def test_a_port_in_use(launch: Any) -> None:
     service = await launch()
     address = f"127.0.0.1:{service.port}"
-    other = RouterServer(replace(CONFIG, listen=address), SERVED, on_worker_lost=lambda ref, reason: None)
+    other = RouterServer(replace(CONFIG, listen=address), SERVED)
     with pytest.raises(OSError, match=address):
         await other.start()
     await other.stop(0)
@@ -142,7 +142,7 @@ async def test_a_port_in_use(launch: Any) -> None:
 
 def test_block_sizes_must_agree() -> None:
     with pytest.raises(ValueError, match="block_size of the router is 8, of the model 4"):
-        RouterServer(replace(CONFIG, block_size=8), SERVED, on_worker_lost=lambda ref, reason: None)
+        RouterServer(replace(CONFIG, block_size=8), SERVED)
 
 
 async def test_every_request_leaves_one_log_line(launch: Any, caplog: pytest.LogCaptureFixture) -> None:

@@ -159,7 +159,7 @@ def locked_key(key: bytes) -> bytes:
 
 
 async def test_a_server_with_a_missing_key_does_not_start(files: Files) -> None:
-    server = RouterServer(config_of(files, tls_key="/no/such/file"), SERVED, lambda ref, reason: None)
+    server = RouterServer(config_of(files, tls_key="/no/such/file"), SERVED)
     with pytest.raises(OSError, match="tls_key /no/such/file"):
         await server.start()
     assert server.http_port is None

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from router.events import WorkerDown, WorkerUp
+from router.published_view import KnownWorker
 from router.recent_requests import FLOW_BUCKET_S, FLOW_WINDOW_S, MAX_RECENT, RecentRequests
 from router.ui_state import MAX_SHOWN_FLOWS, MAX_SHOWN_REQUESTS
 from tests.router.busy_cluster import DOWN, NOW, BusyCluster, account, ended
@@ -50,7 +51,7 @@ def test_ring_points_are_told_once_for_each_membership(large: BusyCluster) -> No
     other = BusyCluster(2, 1)
     before = told(other)["rings"]
     other.router.on(WorkerDown("prefill-1", "1", "gone"), 0.0)
-    other.status.membership_version += 1
+    other.status.note_down(peer("prefill-1"))
     after = told(other, known_rings=before["version"])["rings"]
     assert (before["worker_ids"], after["worker_ids"]) == (["prefill-0", "prefill-1"], ["prefill-0"])
     assert [ring["shares"] for ring in after["rings"]] == [[1.0], [1.0]]
@@ -150,6 +151,6 @@ def test_a_clock_that_is_set_back_loses_no_flow() -> None:
 def test_a_worker_that_comes_back_is_told_as_up() -> None:
     cluster = BusyCluster(4, 1)
     cluster.router.on(WorkerUp(peer("prefill-3", "2")), 0.0)
-    cluster.status.note_up(peer("prefill-3", "2"), pid=1)
+    cluster.status.note(KnownWorker(peer("prefill-3", "2"), 1, is_up=True))
     worker = next(worker for worker in told(cluster)["workers"] if worker["id"] == "prefill-3")
     assert worker["is_up"] and worker["incarnation"] == "2"

@@ -18,11 +18,19 @@ from protos.types import (
 )
 from router.config import RouterConfig
 from router.events import Arrived, Effect, Reported, Send, WorkerUp
+from router.policies.config import PolicyConfig
 from router.router import Router
 
 BLOCK = 4
 HASH_KEY = b"k" * 32
-CONFIG = RouterConfig(hash_block_size=BLOCK, block_size=BLOCK)
+# The simplest placement: what is tested with it is how the router keeps requests, not where it puts them.
+CONFIG = RouterConfig(
+    hash_block_size=BLOCK,
+    block_size=BLOCK,
+    policy=PolicyConfig("dual_map"),
+    queue_order="first_come",
+    dispatch_tokens=0,
+)
 
 
 def links_of(token_ids: array[int]) -> tuple[bytes, ...]:

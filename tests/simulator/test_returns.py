@@ -72,6 +72,8 @@ def test_the_next_turn_hits_at_home() -> None:
 
 def test_contenders_that_do_not_pull_or_return_are_not_returned_to() -> None:
     chosen = setup(policy=HOME_PAIR)
-    assert contender("off", chosen.router, chosen).pulls == PullConfig(s_per_token=1e-5)
+    assert contender("off", chosen.router, chosen).pulls == PullConfig(
+        s_per_token=1e-5, max_returns=0, returns_answers=False
+    )
     dual_map = replace(chosen.router, policy=PolicyConfig("dual_map"), returns=True)
     assert contender("dual_map", dual_map, chosen).pulls is None

@@ -146,7 +146,7 @@ class FakeView:
         assert worker_id in self._loads
         return self._prefill_s(num_cached_tokens)
 
-    def pull_s(self, num_tokens: int) -> float:
+    def pull_s(self, worker_id: str, num_tokens: int) -> float:
         return num_tokens * self._pull_s_per_token if num_tokens else 0.0
 
     def _prefill_s(self, num_cached_tokens: int) -> float:

@@ -1,0 +1,88 @@
+"""Members that come and go in a loop under load: nobody's request fails, and no token differs."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from pathlib import Path
+
+import grpc.aio
+import pytest
+
+from protos import inference_pb2 as pb
+from tests.cluster.server import PATIENT, Server, assert_clean, eventually, request, serving
+from tests.cluster.streams import Answer, generate
+from tests.tiny_models import save_tiny_model
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
+
+# Small steps, so that whoever leaves leaves in the middle of something.
+SETTINGS = (*PATIENT, "engine.max_num_batched_tokens=64", "engine.num_blocks=400")
+GUESTS = ("prefill-1", "decode-1")
+NUM_ROUNDS = 3
+NUM_CLIENTS = 6
+NUM_TOKENS = 60
+REQUESTS = [request([i, *range(40, 240)], NUM_TOKENS, ignore_eos=True) for i in range(12)]
+
+
+class Load:
+    """Clients that ask again as soon as they are answered, until `stopped` is set. Any failure ends them with it."""
+
+    def __init__(self) -> None:
+        self.stopped = asyncio.Event()
+        self.answers: list[tuple[int, Answer]] = []
+
+    async def run(self, channel: grpc.aio.Channel) -> None:
+        await asyncio.gather(*(self._ask(channel, client) for client in range(NUM_CLIENTS)))
+
+    async def _ask(self, channel: grpc.aio.Channel, number: int) -> None:
+        while not self.stopped.is_set():
+            number = (number + 1) % len(REQUESTS)
+            self.answers.append((number, await generate(channel, REQUESTS[number])))
+
+
+def pids_of_guests(server: Server) -> dict[str, int]:
+    """Of those that are up."""
+    return {
+        load.worker_id: load.pid for load in server.status().workers if load.state == "up" and load.worker_id in GUESTS
+    }
+
+
+def come_and_go(server: Server, load: Load) -> None:
+    for _ in range(NUM_ROUNDS):
+        num_answers = len(load.answers)
+        former = pids_of_guests(server)
+        assert set(former) == set(GUESTS)
+        for pid in former.values():
+            os.kill(pid, signal.SIGKILL)
+
+        def are_back(former: dict[str, int] = former) -> bool:
+            now = pids_of_guests(server)
+            return set(now) == set(GUESTS) and not set(now.values()) & set(former.values())
+
+        assert eventually(are_back, 120.0), server.status()
+        # They have had work again before they leave.
+        assert eventually(lambda n=num_answers: len(load.answers) > n + 2 * NUM_CLIENTS, 30.0)  # type: ignore[misc]
+
+
+async def undisturbed(channel: grpc.aio.Channel, requests: list[pb.GenerateRequest]) -> list[list[int]]:
+    return [answer.token_ids for answer in await asyncio.gather(*(generate(channel, one) for one in requests))]
+
+
+async def test_members_come_and_go_and_nobody_notices(tmp_path: Path) -> None:
+    model = save_tiny_model(tmp_path / "model", "llama")
+    with serving(tmp_path, "--model", str(model), "--prefill", "2", "--decode", "2", settings=SETTINGS) as server:
+        async with grpc.aio.insecure_channel(server.address) as channel:
+            expected = await undisturbed(channel, REQUESTS)
+            load = Load()
+            loading = asyncio.create_task(load.run(channel))
+            await asyncio.to_thread(come_and_go, server, load)
+            load.stopped.set()
+            await loading
+        assert all(answer.token_ids == expected[number] for number, answer in load.answers)
+        placements = [answer.placement for _, answer in load.answers]
+        assert any(placement.attempts > 1 for placement in placements), "nobody was hit"
+        workers = {place for one in placements for place in (one.prefill_worker, one.decode_worker)}
+        assert workers.issuperset(GUESTS)
+        assert_clean(server)
