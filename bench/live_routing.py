@@ -21,7 +21,7 @@ from protos import inference_pb2 as pb
 from protos import inference_pb2_grpc as pb_grpc
 from protos.codec import unpack_token_ids
 
-DESCRIPTION = "hits, first tokens and goodput of a live cluster by placement policy, with pulls and returns on and off"
+DESCRIPTION = "hits, first tokens and goodput of a live cluster by policy; pulls, returns, host memory on and off"
 
 TTFT_SLO_S = 0.5
 TPOT_SLO_S = 0.1
@@ -39,6 +39,8 @@ SETTINGS = (
 )
 NOTHING_MOVES = ("engine.pulls=null",)
 NO_PULLS, NO_RETURNS = ("router.pull_s_per_token=0",), ("engine.pulls.max_returns=0",)
+# Too small for what is asked for again, with and without host memory behind it.
+SMALL_DEVICE, HOST_MEMORY = ("engine.num_blocks=160",), ("engine.host_cache_bytes=67108864",)
 BASELINE = "round_robin"
 VARIANTS: dict[str, tuple[str, ...]] = {
     BASELINE: ("router.policy.name=round_robin", *NOTHING_MOVES),
@@ -47,6 +49,8 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "home_pair_returns": NO_PULLS,
     "home_pair_pulls": NO_RETURNS,
     "home_pair_pulls_returns": (),  # the default
+    "small_device": SMALL_DEVICE,
+    "small_device_host_memory": (*SMALL_DEVICE, *HOST_MEMORY),
 }
 
 

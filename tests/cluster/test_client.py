@@ -102,7 +102,7 @@ def test_what_operators_ask(client: Client, server: Server) -> None:
     route = client.explain_route(PROMPT, GREEDY)
     placed = client.generate(PROMPT, GREEDY).placement
     assert (route.prefill_worker, route.decode_worker) == (placed.prefill_worker, placed.decode_worker)
-    assert (route.prefill_reason[:8], route.decode_reason[:9]) == ("affinity", "most room")  # the rest moves with load
+    assert (route.prefill_reason[:5], route.decode_reason[:9]) == ("home:", "most room")  # the rest moves with load
     assert not client.abort("nobody")
 
 
