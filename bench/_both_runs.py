@@ -52,12 +52,13 @@ def setup_of(config: ServeConfig, hardware: Hardware) -> Setup:
     engine = config.engine
     facts = read_model_facts(engine.model).as_run_by(engine)
     block_nbytes = facts.kv_layout(engine.dtype, engine.block_size, engine.hash_block_size).block_nbytes
+    kv_nbytes_per_token = block_nbytes // engine.block_size
     return Setup(
-        hardware=replace(hardware, kv_nbytes_per_token=block_nbytes // engine.block_size),
+        hardware=replace(hardware, kv_nbytes_per_token=kv_nbytes_per_token),
         num_prefill=config.num_prefill,
         num_decode=config.num_decode,
         router=config.router,
-        scheduler=scheduler_config(engine, facts.max_model_len),
+        scheduler=replace(scheduler_config(engine, facts.max_model_len), kv_nbytes_per_token=kv_nbytes_per_token),
         transfer=config.transfer,
         stats_interval_s=config.lease.heartbeat_interval_s,
     )

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from bench._both_runs import Latencies, config_of, latencies_of, live, setup_of
-from bench.identity import HEADLINE, LONG_CHATS, MODELLED, ROW, requests_at
+from bench.identity import LOADS, LONG_CHATS, MODELLED, ROW, requests_at
 from protos.cost_model import HARDWARE
 from simulator.requests import SimRequest
 from simulator.run import simulate
@@ -26,7 +26,7 @@ NUM_ATTEMPTS = 3  # a run in which this machine stalled says nothing; what is wr
 
 def test_the_simulator_shows_the_latencies_of_a_live_cluster(tmp_path: Path) -> None:
     setup = setup_of(config_of(MODELLED), HARDWARE[ROW])
-    requests = requests_at(HEADLINE, LONG_CHATS, 0, setup)
+    requests = requests_at(LOADS[-1], LONG_CHATS, 0, setup)
     simulated = latencies_of(simulate(setup, requests).records)
     assert_queues(setup, requests, simulated)
     runs: list[Latencies] = []
