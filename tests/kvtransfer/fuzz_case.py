@@ -361,8 +361,7 @@ class Case:
                 break
             await asyncio.sleep(0.1)
         self.weather.odds = CALM
-        if self.plan.odds.trouble:
-            await asyncio.sleep(LONGEST_DELAY_S + CONFIG.expect_timeout_s)  # offers that nobody waits for
+        await asyncio.sleep(LONGEST_DELAY_S + CONFIG.expect_timeout_s)  # offers unwanted, or that never come
         open_ones = [life.incarnation for life in self.lives if life.host.num_open or life.agent.open_transfers]
         self._check_that(not open_ones, f"transfers of {open_ones} do not end")
 
