@@ -40,7 +40,7 @@ SETTINGS = (
 NOTHING_MOVES = ("engine.pulls=null",)
 NO_PULLS, NO_RETURNS = ("router.pull_s_per_token=0",), ("engine.pulls.max_returns=0",)
 # Too small for what is asked for again, with and without host memory behind it.
-SMALL_DEVICE, HOST_MEMORY = ("engine.num_blocks=90",), ("engine.host_cache_bytes=67108864",)
+SMALL_DEVICE, HOST_MEMORY = ("engine.num_blocks=160",), ("engine.host_cache_bytes=67108864",)
 BASELINE = "round_robin"
 VARIANTS: dict[str, tuple[str, ...]] = {
     BASELINE: ("router.policy.name=round_robin", *NOTHING_MOVES),
