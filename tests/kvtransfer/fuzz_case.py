@@ -361,6 +361,7 @@ class Case:
                 break
             await asyncio.sleep(0.1)
         self.weather.odds = CALM
+        self._faults.clear()  # nobody leaves, and comes again, while all are being closed
         await asyncio.sleep(LONGEST_DELAY_S + CONFIG.expect_timeout_s)  # offers unwanted, or that never come
         open_ones = [life.incarnation for life in self.lives if life.host.num_open or life.agent.open_transfers]
         self._check_that(not open_ones, f"transfers of {open_ones} do not end")
