@@ -63,7 +63,9 @@ async def test_blocks_arrive_whole_chunk_by_chunk(pair: tuple[Worker, Worker]) -
     assert destination.agent.stats == TransferStats(1, 11 * LAYOUT.block_nbytes, block_nbytes=LAYOUT.block_nbytes)
     sending = source.agent.stats
     assert (sending.num_completed, sending.num_bytes) == (0, 0), "what was sent counts where it was received"
-    (link,) = sending.links
+    # The thread that waits for sends may hear of the last one after the acknowledgement.
+    await until(lambda: source.agent.stats.links[0].num_bytes >= 11 * LAYOUT.block_nbytes)
+    (link,) = source.agent.stats.links
     assert (link.worker_id, link.num_bytes, link.num_queued) == ("d0", 11 * LAYOUT.block_nbytes, 0)
     assert link.transport == source.config.transport
     assert 0 < link.busy_s < 1
