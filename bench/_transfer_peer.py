@@ -24,7 +24,7 @@ from kvtransfer.config import TransferConfig, TransportName
 from kvtransfer.staging import as_bytes, checksum_of
 from kvtransfer.transport import ReceiverLink, SenderLink
 from kvtransfer.transports import LocalFirst
-from protos.types import KVLayout, PeerRef, Role
+from protos.types import KVLayout, PeerRef, Role, TransferFailure
 
 LAYOUT = KVLayout("bench", "float32", 4, 2, 32, 32, 32)  # 64 KiB a block, so that the smallest chunk is one block
 DEPTH = TransferConfig().num_staging_chunks  # operations in flight, on every path alike
@@ -180,7 +180,10 @@ class GrantingHost:
     def on_refused(self, transfer_id: bytes, reason: str) -> None:
         self._tell((f"refused: {reason}", time.perf_counter()))
 
-    def on_closed(self, transfer_id: bytes) -> None:
+    def on_sent(self, transfer_id: bytes, num_blocks: int) -> None:
+        pass  # nothing migrates here
+
+    def on_closed(self, transfer_id: bytes, failure: TransferFailure | None) -> None:
         self._tell(("closed", time.perf_counter()))
 
     def on_pull_asked(self, pull_id: bytes, *ask: object) -> None:

@@ -10,12 +10,13 @@ from typing import Any
 from cluster.config import RayConfig
 from cluster.logs import configure_logging
 from cluster.ray_call import answer
+from cluster.sigterm import on_sigterm
 from decode_worker.actor import DecodeWorker
 from engine.worker import WorkerReady
 from engine.worker_config import WorkerSpec
 from kvtransfer.config import TransferConfig
 from prefill_worker.actor import PrefillWorker
-from protos.types import Role
+from protos.types import PeerRef, Role
 
 PROGRESS_INTERVAL_S = 0.3
 KILL_GRACE_S = 1.0
@@ -26,12 +27,14 @@ class PrefillActor(PrefillWorker):
     def __init__(self, spec: WorkerSpec, transfer: TransferConfig, log_level: str) -> None:
         configure_logging(log_level)
         super().__init__(*bound_to_this_node(spec, transfer))
+        on_sigterm(self.leave)
 
 
 class DecodeActor(DecodeWorker):
     def __init__(self, spec: WorkerSpec, transfer: TransferConfig, log_level: str) -> None:
         configure_logging(log_level)
         super().__init__(*bound_to_this_node(spec, transfer))
+        on_sigterm(self.leave)
 
 
 def bound_to_this_node(spec: WorkerSpec, transfer: TransferConfig) -> tuple[WorkerSpec, TransferConfig]:
@@ -52,6 +55,7 @@ class ActorHandle:
         import ray
 
         self.spec = spec
+        self.ref: PeerRef | None = None  # once it serves
         self._config = config
         resource = config.resource_of(spec.role)
         actor = PrefillActor if spec.role is Role.PREFILL else DecodeActor
@@ -78,7 +82,15 @@ class ActorHandle:
     async def serve(self) -> WorkerReady:
         ready = await answer(self._actor.serve.remote(), self._config.start_timeout_s)
         assert isinstance(ready, WorkerReady)
+        self.ref = ready.ref
         return ready
+
+    async def become(self, spec: WorkerSpec) -> WorkerReady:
+        """Another worker, of the other role perhaps, with the model that it has; it serves none of its requests any
+        more."""
+        await answer(self._actor.become.remote(spec), self._config.start_timeout_s)
+        self.spec = spec
+        return await self.serve()
 
     async def stop(self, grace_s: float) -> None:
         await asyncio.wait_for(self._actor.stop.remote(grace_s), grace_s + KILL_GRACE_S)

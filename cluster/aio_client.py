@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -143,6 +143,13 @@ class AsyncClient:
 
     async def status(self) -> Status:
         return await self._ask(lambda door: door.cluster.GetStatus, pb.GetStatusRequest(), messages.status_of)
+
+    async def drain(self, who: str, timeout_s: float | None = None, replace: bool = False) -> None:
+        request = messages.drain_of(who, timeout_s, replace)
+        await self._ask(lambda door: door.cluster.Drain, request, messages.nothing_of)
+
+    async def scale(self, sizes: Mapping[str, int]) -> None:
+        await self._ask(lambda door: door.cluster.Scale, pb.ScaleRequest(sizes=sizes), messages.nothing_of)
 
     async def loads(self) -> tuple[WorkerLoad, ...]:
         return await self._ask(lambda door: door.inference.GetLoads, pb.GetLoadsRequest(), messages.loads_of)

@@ -16,7 +16,7 @@ import typer
 from rich.console import Console
 
 from bench.load.command import bench_app
-from cluster import show
+from cluster import show, wait_for
 from cluster.client import Client
 from cluster.client_types import Access, CallFailed, Message, Prompt, Sampling, Status
 from cluster.config import load_config
@@ -38,6 +38,8 @@ app.command()(fit)
 console = Console(stderr=True)
 
 STOP_TIMEOUT_S = 20.0
+DRAIN_TIMEOUT_S = 30.0  # what the servers allow where they are not told, as ServeConfig has it
+START_TIMEOUT_S = 120.0  # for a new worker to load its model, before `drain` and `scale` stop waiting for it
 TOKEN_NBYTES = 32
 
 Chat = Annotated[bool, typer.Option("--chat", help="Send it as a user's message, by the model's chat template.")]
@@ -203,6 +205,64 @@ def status(
         out.print(show.router_lines(one, answer), markup=False, highlight=False)
     for table in show.status_tables(next(iter(answers.values()))):
         out.print(table)
+
+
+@app.command()
+def drain(
+    who: Annotated[str, typer.Argument(help="A worker or a router by its id, or a worker by its own host:port.")],
+    address: Address = None,
+    token: Token = None,
+    ca: Ca = None,
+    timeout: Annotated[float | None, typer.Option(help="Seconds; then it leaves whatever it still has.")] = None,
+    replace: Annotated[bool, typer.Option("--replace", help="Another one takes its place when it has left.")] = False,
+) -> None:
+    """Let a worker or a router finish what it has, and leave; returns when it has. Nothing new goes there meanwhile."""
+    waiting_s = (DRAIN_TIMEOUT_S if timeout is None else timeout) + wait_for.SETTLE_S
+    if ":" in who:
+        try:
+            is_done = wait_for.worker_to_leave(who, waiting_s)
+        except ConnectionError as error:
+            raise fail(str(error)) from error
+    else:
+        with client_of(address, token, ca) as client:
+            try:
+                goal = wait_for.end_of_drain(client.status(), who, replace)
+                client.drain(who, timeout, replace)
+                is_done = wait_for.until(goal, client.status, waiting_s + (START_TIMEOUT_S if replace else 0.0))
+            except CallFailed as error:
+                raise fail(str(error)) from error
+    if not is_done:
+        raise fail(f"{who} has not left after {waiting_s:g} s; `twinring status` shows what happens")
+    console.print(f"{who} has {'been replaced' if replace else 'left'}", highlight=False)
+
+
+@app.command()
+def scale(
+    sizes: Annotated[list[str], typer.Argument(help="prefill=3 decode=1; colocated: worker=4.")],
+    address: Address = None,
+    token: Token = None,
+    ca: Ca = None,
+) -> None:
+    """Give pools another number of workers; returns when these serve. The newest go first, drained; where one pool
+    shrinks and the other grows, workers change over with the model that they have loaded."""
+    wanted = dict(parse_size(size) for size in sizes)
+    with client_of(address, token, ca) as client:
+        try:
+            client.scale(wanted)
+            is_done = wait_for.until(wait_for.has_sizes(wanted), client.status, DRAIN_TIMEOUT_S + START_TIMEOUT_S)
+        except CallFailed as error:
+            raise fail(str(error)) from error
+    if not is_done:
+        raise fail("the pools do not have these sizes yet; `twinring status` shows what happens")
+    console.print(f"pools have {' '.join(sizes)}", highlight=False)
+
+
+def parse_size(size: str) -> tuple[str, int]:
+    pool, _, number = size.partition("=")
+    try:
+        return pool, int(number)
+    except ValueError:
+        raise typer.BadParameter(f"{size!r} is not POOL=NUMBER, like prefill=3") from None
 
 
 @app.command()

@@ -7,7 +7,7 @@ import random
 import secrets
 import time
 import uuid
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -150,6 +150,15 @@ class Client:
 
     def status(self) -> Status:
         return self._ask(lambda door: door.cluster.GetStatus, pb.GetStatusRequest(), messages.status_of)
+
+    def drain(self, who: str, timeout_s: float | None = None, replace: bool = False) -> None:
+        """A worker, or a router, finishes what it has and leaves; another one takes its place, where that is asked for.
+        Returns when that has begun."""
+        self._ask(lambda door: door.cluster.Drain, messages.drain_of(who, timeout_s, replace), messages.nothing_of)
+
+    def scale(self, sizes: Mapping[str, int]) -> None:
+        """Pools, by name, get so many workers. Returns when that has begun."""
+        self._ask(lambda door: door.cluster.Scale, pb.ScaleRequest(sizes=sizes), messages.nothing_of)
 
     def loads(self) -> tuple[WorkerLoad, ...]:
         return self._ask(lambda door: door.inference.GetLoads, pb.GetLoadsRequest(), messages.loads_of)

@@ -96,6 +96,13 @@ def _sampling(sampling: Sampling) -> pb.SamplingParams:
     return pb.SamplingParams(**{name: value for name, value in given.items() if value is not None})
 
 
+def drain_of(who: str, timeout_s: float | None, replace: bool) -> pb.DrainRequest:
+    request = pb.DrainRequest(who=who, replace=replace)
+    if timeout_s is not None:
+        request.timeout_s = timeout_s
+    return request
+
+
 # --- from the server ----------------------------------------------------------------------------------------------
 
 
@@ -141,6 +148,10 @@ def _completion(
 
 def _logprobs(one: pb.TokenLogprob) -> Logprobs:
     return Logprobs(one.logprob, tuple(top.token_id for top in one.top), tuple(top.logprob for top in one.top))
+
+
+def nothing_of(message: pb.DrainResponse | pb.ScaleResponse) -> None:
+    """It has begun: that is all there is to say."""
 
 
 def status_of(message: pb.GetStatusResponse) -> Status:

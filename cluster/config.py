@@ -17,6 +17,7 @@ from cluster.tenants import FILE_VARIABLE, TOKENS_VARIABLE, parse_tokens, read_t
 from engine.worker_config import EngineConfig, LeaseConfig
 from kvtransfer.config import TransferConfig
 from protos.types import Role
+from router.autoscaler import AutoscalerConfig
 from router.config import RouterConfig
 from router.tenants import TenantConfig
 
@@ -67,11 +68,13 @@ class ServeConfig:
     worker_bind_host: str = "127.0.0.1"  # of the workers' internal gRPC; auto: the IP of the Ray node they run on
     worker_port: int = 0  # fixed port of every worker's internal gRPC, one worker per machine; 0: any free one
     drain_timeout_s: float = 1.0  # how long running requests may go on after SIGTERM; a second signal ends them
+    worker_drain_timeout_s: float = 30.0  # what one worker, or router, that leaves may still take for what it has
     engine: EngineConfig = dataclasses.field(default_factory=lambda: EngineConfig(model=DEMO_MODEL))
     lease: LeaseConfig = dataclasses.field(default_factory=LeaseConfig)
     transfer: TransferConfig = dataclasses.field(default_factory=TransferConfig)
     router: RouterConfig = dataclasses.field(default_factory=RouterConfig)
     ray: RayConfig = dataclasses.field(default_factory=RayConfig)
+    autoscaler: AutoscalerConfig = dataclasses.field(default_factory=AutoscalerConfig)  # of the pools
 
     def __post_init__(self) -> None:
         if self.num_prefill < 1:
@@ -86,8 +89,9 @@ class ServeConfig:
             raise ValueError(
                 f"worker_port {self.worker_port}: all workers of a private Ray are on this machine and cannot share it"
             )
-        if not self.drain_timeout_s >= 0:
-            raise ValueError(f"drain_timeout_s must not be negative, not {self.drain_timeout_s}")
+        for name in ("drain_timeout_s", "worker_drain_timeout_s"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name} must not be negative, not {getattr(self, name)}")
         for name, section in SHARED_SETTINGS.items():
             ours, theirs = getattr(self.router, name), getattr(getattr(self, section), name)
             if ours != theirs:

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 from cluster.logs import configure_logging
 from cluster.ray_call import answer
+from cluster.sigterm import on_sigterm
 from router.config import RouterConfig
 from router.published_view import Lacking, PublishedView, RouterNews
 from router.served_model import ServedModel
@@ -34,12 +35,15 @@ class RouterAddress:
 class RouterHandle(Protocol):
     router_id: str
 
-    async def start(self, num_prefill: int, num_decode: int) -> RouterAddress:
-        """Listens; it is ready once it has so many workers. OSError where an address cannot be had."""
+    async def start(self) -> RouterAddress:
+        """Listens; it is ready once it has as many workers as the view expects. OSError where an address cannot be
+        had."""
 
     async def take(self, view: PublishedView) -> tuple[Lacking, ...]: ...
 
     async def news(self) -> RouterNews: ...
+
+    async def answer(self, order_id: int, refusal: str) -> None: ...
 
     async def note_event(self, message: str) -> None: ...
 
@@ -66,8 +70,7 @@ class LocalRouter:
         self._config = config
         self._server = RouterServer(config, served, router_id)
 
-    async def start(self, num_prefill: int, num_decode: int) -> RouterAddress:
-        self._server.set_expected(num_prefill, num_decode)
+    async def start(self) -> RouterAddress:
         port = await self._server.start()
         http_port = self._server.http_port
         http = "" if http_port is None else with_port(self._config.http_listen, http_port)
@@ -78,6 +81,9 @@ class LocalRouter:
 
     async def news(self) -> RouterNews:
         return await self._server.news()
+
+    async def answer(self, order_id: int, refusal: str) -> None:
+        self._server.answer(order_id, refusal)
 
     async def note_event(self, message: str) -> None:
         self._server.note_event(message)
@@ -97,6 +103,11 @@ class RouterActor(LocalRouter):
         configure_logging(log_level)
         super().__init__(router_id, config, served)
 
+    async def start(self) -> RouterAddress:
+        address = await super().start()
+        on_sigterm(self._server.leave)
+        return address
+
 
 class RayRouter:
     """Has the shape of RouterHandle. Whatever it is asked, RouterLost is the answer of one that is gone."""
@@ -115,8 +126,8 @@ class RayRouter:
         options = {"num_cpus": 0, "max_restarts": 0, "max_task_retries": 0, "scheduling_strategy": here}
         self._actor: Any = ray.remote(RouterActor).options(**options).remote(router_id, config, served, log_level)
 
-    async def start(self, num_prefill: int, num_decode: int) -> RouterAddress:
-        address = await self._ask("start", START_TIMEOUT_S, num_prefill, num_decode)
+    async def start(self) -> RouterAddress:
+        address = await self._ask("start", START_TIMEOUT_S)
         assert isinstance(address, RouterAddress)
         return address
 
@@ -128,6 +139,9 @@ class RayRouter:
         news = await self._ask("news", ANSWER_TIMEOUT_S)
         assert isinstance(news, RouterNews)
         return news
+
+    async def answer(self, order_id: int, refusal: str) -> None:
+        await self._ask("answer", ANSWER_TIMEOUT_S, order_id, refusal)
 
     async def note_event(self, message: str) -> None:
         await self._ask("note_event", ANSWER_TIMEOUT_S, message)

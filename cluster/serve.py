@@ -20,14 +20,14 @@ from transformers import AutoTokenizer
 
 from cluster.config import ServeConfig
 from cluster.model_folder import model_folder, model_name
+from cluster.pools import Pools
 from cluster.ray_cluster import ray_cluster
 from cluster.router_handle import LocalRouter, RayRouter, RouterAddress
 from cluster.routers import Routers, router_configs
 from cluster.run_state import RunState, announced
-from cluster.supervisor import Progress, Supervisor, worker_slots
+from cluster.supervisor import Progress, Supervisor
 from engine.model_loader import ModelFacts, read_model_facts
 from engine.paged_kv_cache import num_blocks_for
-from protos.types import Role
 from router.served_model import ServedModel
 from router.tls import read_key_and_chain
 
@@ -54,7 +54,7 @@ def run(config: ServeConfig, on_progress: Progress, log_level: str) -> None:
     read_key_and_chain(config.router)  # what is wrong with it should be known now, not once the model is loaded
     signal.signal(signal.SIGTERM, _exit)  # until the event loop has handlers of its own
     on_progress("ray", "starting" if config.ray.address is None else f"joining {config.ray.address}")
-    with ray_cluster(config.ray, [role for _, role in worker_slots(config)]) as has_lost_ray:
+    with ray_cluster(config.ray, list(Pools(config).slots.values())) as has_lost_ray:
         asyncio.run(_serve(config, facts, has_lost_ray, on_progress, log_level))
         if has_lost_ray():
             raise OSError(f"the Ray node that had joined {config.ray.address} has ended: start again to join it anew")
@@ -71,10 +71,11 @@ async def _serve(
     routers = Routers(
         router_configs(config.router, config.num_routers),
         LocalRouter.made_for(served) if config.num_routers == 1 else RayRouter.made_for(served, log_level),
-        lambda ref, reason: supervisor.on_worker_lost(ref, reason),
         on_progress,
+        config.worker_drain_timeout_s,
     )
     supervisor = Supervisor(with_folder(config, facts), hash_key, routers, on_progress, log_level)
+    routers.wire(supervisor)
     try:
         addresses = await _until_ready(config, routers, supervisor, stop, on_progress)
         grpc, http = [one.grpc for one in addresses], [one.http for one in addresses if one.http]
@@ -127,8 +128,7 @@ def _require_free(listen: str) -> None:
 async def _until_ready(
     config: ServeConfig, routers: Routers, supervisor: Supervisor, stop: asyncio.Event, on_progress: Progress
 ) -> list[RouterAddress]:
-    num_prefill = sum(role is Role.PREFILL for _, role in worker_slots(config))
-    addresses = await _unless_stopped(stop, routers.start(num_prefill, len(worker_slots(config)) - num_prefill))
+    addresses = await _unless_stopped(stop, routers.start(*Pools(config).num_expected))
     await _unless_stopped(stop, supervisor.start())
     on_progress("router", "warming links")
     await _unless_stopped(stop, routers.wait_ready(LINK_TIMEOUT_S))

@@ -13,7 +13,7 @@ from router.published_view import KnownWorker, Lacking, PublishedView, RouterNew
 
 class ViewPublisher:
     """Invariant: the version rises with every change of the view and with nothing else. A worker is up in it from
-    `joined` until every router that is up lacks it, or until `left`."""
+    `joined` until every router that is up lacks it, or until `left`; from `draining` on nothing new goes there."""
 
     def __init__(self, config: RouterConfig, num_routers: int) -> None:
         self._mode = config.mode
@@ -21,10 +21,16 @@ class ViewPublisher:
         self._depths = KeyDepths(config.key_depth) if shares_depths else None
         self.view = PublishedView(depths=self._depths.table.snapshot() if self._depths else None)
         self._lacking: dict[str, dict[PeerRef, Lacking]] = {}  # by router that is up
+        self._idle: dict[str, frozenset[PeerRef]] = {}  # likewise
 
     def ready(self) -> None:
         """The cluster is whole, for the first time."""
         self._publish(replace(self.view, was_ready=True))
+
+    def expect(self, num_prefill: int, num_decode: int) -> None:
+        """So many workers there should be."""
+        if self.view.num_expected != (num_prefill, num_decode):
+            self._publish(replace(self.view, num_expected=(num_prefill, num_decode)))
 
     # --- workers --------------------------------------------------------------------------------------------------
 
@@ -36,6 +42,16 @@ class ViewPublisher:
         workers[ref.worker_id] = KnownWorker(ref, pid, is_up=True)
         self._publish(replace(self.view, workers=tuple(workers.values())))
 
+    def draining(self, ref: PeerRef) -> None:
+        """Nothing happens where this life is gone, or drains already."""
+        if ref in self.view.members and ref not in self.view.draining:
+            workers = (replace(one, is_draining=one.is_draining or one.ref == ref) for one in self.view.workers)
+            self._publish(replace(self.view, workers=tuple(workers)))
+
+    def is_idle(self, ref: PeerRef) -> bool:
+        """Whether every router that is up has said that it needs this draining one no more, or it is gone."""
+        return ref not in self.view.members or (bool(self._idle) and all(ref in said for said in self._idle.values()))
+
     def left(self, ref: PeerRef) -> None:
         """On purpose: nobody is to miss it. Nothing happens where this life is gone already."""
         rest = tuple(worker for worker in self.view.workers if worker.ref != ref)
@@ -46,10 +62,12 @@ class ViewPublisher:
 
     def router_up(self, router_id: str) -> None:
         self._lacking[router_id] = {}
+        self._idle[router_id] = frozenset()
 
     def router_down(self, router_id: str) -> tuple[Lacking, ...]:
         """Who is lost with it: the workers that it alone could still reach."""
         self._lacking.pop(router_id, None)
+        self._idle.pop(router_id, None)
         return self._lose_unreached()
 
     def heard(self, router_id: str, news: RouterNews) -> tuple[Lacking, ...]:
@@ -57,6 +75,7 @@ class ViewPublisher:
         if router_id not in self._lacking:
             return ()
         self._lacking[router_id] = {one.ref: one for one in news.lacking}
+        self._idle[router_id] = frozenset(news.idle)
         self._observe(news.observed)
         return self._lose_unreached()
 

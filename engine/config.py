@@ -57,10 +57,18 @@ class SchedulerConfig:
     enable_prefix_caching: bool = True
     pulls: PullConfig | None = None  # None: no prefix is fetched from or for another worker
     host: HostTierConfig | None = None  # None: what the device evicts is gone
+    max_migration_tail_blocks: int = 1  # a migrating request is stopped when so many of its blocks are left to send
     kv_nbytes_per_token: int = 0  # by which pulls are reckoned before one has been measured
 
     def __post_init__(self) -> None:
-        for name in ("max_model_len", "max_num_batched_tokens", "max_num_seqs", "block_size", "hash_block_size"):
+        for name in (
+            "max_model_len",
+            "max_num_batched_tokens",
+            "max_num_seqs",
+            "block_size",
+            "hash_block_size",
+            "max_migration_tail_blocks",
+        ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.block_size % self.hash_block_size:

@@ -10,9 +10,12 @@ from protos.types import (
     GenerateRequest,
     Handoff,
     HandoffRefused,
+    Migrate,
+    MigrationFailed,
     PeerRef,
     Retarget,
     TokenOutput,
+    TransferFailure,
     TransferKind,
 )
 
@@ -26,7 +29,8 @@ class Submitted:
 
 @dataclass(frozen=True, slots=True)
 class TransferOffered:
-    """Destination: the source has begun to prefill and asks for room for the first num_blocks blocks of the request."""
+    """Destination: the source has begun to prefill, or to migrate, and asks for room for the first num_blocks blocks of
+    the request."""
 
     transfer_id: bytes
     request_id: str
@@ -36,7 +40,8 @@ class TransferOffered:
 
 @dataclass(frozen=True, slots=True)
 class TransferArrived:
-    """Destination: every granted block is written and verified; the request goes on at output index first_index."""
+    """Destination: of the granted blocks the first num_blocks, held ones included, are written and verified; the
+    request goes on at output index first_index. Only a migration may have had fewer in the end than it offered."""
 
     transfer_id: bytes
     first_index: int
@@ -44,11 +49,13 @@ class TransferArrived:
     num_bytes: int
     transfer_s: float
     exposed_s: float
+    num_blocks: int = 0  # looked at for a migration
 
 
 @dataclass(frozen=True, slots=True)
 class TransferLost:
-    """Destination: the KV will not come and nothing writes to the granted blocks any more; recompute."""
+    """Destination: the KV will not come and nothing writes to the granted blocks any more. A handoff is recomputed
+    here, a migration stays where it was."""
 
     transfer_id: bytes
     reason: str
@@ -67,6 +74,16 @@ class TransferClosed:
     """Source: acknowledged, aborted or expired, and nothing reads the leased blocks any more."""
 
     transfer_id: bytes
+    failure: TransferFailure | None = None  # None: acknowledged
+
+
+@dataclass(frozen=True, slots=True)
+class BlocksSent:
+    """Source of a migration, many times: the destination has granted its blocks, and so many of the request's blocks
+    have been sent or were there."""
+
+    transfer_id: bytes
+    num_blocks: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,11 +135,13 @@ Event = (
     Submitted
     | Abort
     | Retarget
+    | Migrate
     | TransferOffered
     | TransferArrived
     | TransferLost
     | TransferRefused
     | TransferClosed
+    | BlocksSent
     | PullRequested
     | PullRefused
     | ReturnOffered
@@ -136,7 +155,8 @@ Event = (
 @dataclass(frozen=True, slots=True)
 class OpenTransfer:
     """Source: offer num_blocks blocks. A handoff has the whole prompt, its partial tail included, and begins with the
-    prefill; a pull has the first of the blocks that were asked for, and all of them are there."""
+    prefill; a pull has the first of the blocks that were asked for, and all of them are there; a migration has what the
+    request may grow to meanwhile, and nothing is sent before the first BlocksSent."""
 
     handoff: Handoff
     request_id: str
@@ -158,7 +178,8 @@ class SendBlocks:
 
 @dataclass(frozen=True, slots=True)
 class CommitTransfer:
-    """Source: every block has been handed to SendBlocks; the destination goes on at first_index."""
+    """Source: every block has been handed to SendBlocks; the destination goes on at first_index. A handoff has all
+    tokens since the attempt began, a migration the latest ones."""
 
     transfer_id: bytes
     first_index: int
@@ -250,6 +271,7 @@ class CopyBlocks:
 Effect = (
     TokenOutput
     | HandoffRefused
+    | MigrationFailed
     | OpenTransfer
     | SendBlocks
     | CommitTransfer

@@ -154,13 +154,15 @@ class KVCacheManager:
     def is_leasing(self, transfer_id: bytes) -> bool:
         return transfer_id in self._leases
 
-    def grant(self, transfer_id: bytes, request: Request, num_spare_blocks: int) -> tuple[int, list[int]] | None:
-        """Lease room for all given tokens of a request to the transfer that brings their KV: (blocks held here
-        already, ids of the blocks to write), or None (and no change) where fewer than num_spare_blocks were left."""
+    def grant(
+        self, transfer_id: bytes, request: Request, num_blocks: int, max_held_tokens: int, num_spare_blocks: int
+    ) -> tuple[int, list[int]] | None:
+        """Lease num_blocks blocks to the transfer that brings a request's KV: (how many of the first max_held_tokens
+        tokens' are held here already, ids of the blocks to write), or None (and no change) where fewer than
+        num_spare_blocks were left."""
         assert transfer_id not in self._leases
-        held = self._find_cached(request, request.num_given_tokens)
-        num_wanted = self._config.num_blocks_for(request.num_given_tokens)
-        to_write = self._lease_room(transfer_id, held, num_wanted, num_spare_blocks)
+        held = self._find_cached(request, max_held_tokens)
+        to_write = self._lease_room(transfer_id, held, num_blocks, num_spare_blocks)
         return None if to_write is None else (len(held), to_write)
 
     def grant_prefix(
@@ -198,10 +200,11 @@ class KVCacheManager:
         self._leases[lease_id] = found
         return list(found)
 
-    def adopt(self, request: Request, transfer_id: bytes) -> None:
-        """Make the transfer's blocks the request's table; the lease stays until it is released."""
+    def adopt(self, request: Request, transfer_id: bytes, num_blocks: int | None = None) -> None:
+        """Make the transfer's blocks, or the first num_blocks of them, the request's table; the lease stays until it is
+        released."""
         assert request not in self._tables
-        block_ids = list(self._leases[transfer_id])
+        block_ids = self._leases[transfer_id][:num_blocks]
         self._pool.acquire(block_ids)
         self._tables[request] = block_ids
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from engine.router_session import RouterSession
-from protos.types import Abort, GenerateRequest, HandoffRefused, TokenOutput
+from engine.router_session import Entry, RouterSession
+from protos.types import Abort, GenerateRequest, TokenOutput
 
 
 class RequestOwners:
-    """Invariant: an entry lives from submit until the request has finished here, was aborted, or was handed over."""
+    """Invariant: an entry lives from submit until the request has finished here, was aborted, or was handed over. One
+    that migrates away is aborted by the router, and until then may come back."""
 
     def __init__(self) -> None:
         self._owners: dict[str, tuple[RouterSession, int]] = {}
@@ -40,7 +41,7 @@ class RequestOwners:
         if owner is not None and owner[1] == attempt:
             del self._owners[request_id]
 
-    def emit(self, entry: TokenOutput | HandoffRefused) -> None:
+    def emit(self, entry: Entry) -> None:
         owner = self._owners.get(entry.request_id)
         if owner is None or owner[1] != entry.attempt:
             return

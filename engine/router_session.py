@@ -12,10 +12,20 @@ import grpc.aio
 
 from protos import codec
 from protos import worker_pb2 as pb
-from protos.types import PROTOCOL_VERSION, HandoffRefused, PeerRef, TokenOutput, WorkerReport, WorkerStats
+from protos.types import (
+    PROTOCOL_VERSION,
+    HandoffRefused,
+    MigrationFailed,
+    PeerRef,
+    TokenOutput,
+    WorkerReport,
+    WorkerStats,
+)
 
 # A router that does not read is cut off here; its requests end with its session.
 MAX_PENDING_OUTPUTS = 65_536
+
+Entry = TokenOutput | HandoffRefused | MigrationFailed  # what one request has to say
 
 
 class RouterSession:
@@ -26,24 +36,34 @@ class RouterSession:
         self.heard_at = 0.0  # for whoever keeps the time
         self._outputs: list[TokenOutput] = []
         self._refusals: list[HandoffRefused] = []
+        self._failed_migrations: list[MigrationFailed] = []
         self._heartbeat = 0
         self._stats: WorkerStats | None = None
+        self._is_leaving = False
         self._pending = asyncio.Event()
         self.closed = False
 
-    def emit(self, entry: TokenOutput | HandoffRefused) -> None:
+    def emit(self, entry: Entry) -> None:
         if self.closed:
             return
-        if isinstance(entry, TokenOutput):
-            self._outputs.append(entry)
-        else:
-            self._refusals.append(entry)
+        match entry:
+            case TokenOutput():
+                self._outputs.append(entry)
+            case HandoffRefused():
+                self._refusals.append(entry)
+            case MigrationFailed():
+                self._failed_migrations.append(entry)
         if len(self._outputs) > MAX_PENDING_OUTPUTS:
             self.close()
         self._pending.set()
 
     def beat(self, heartbeat: int, stats: WorkerStats) -> None:
         self._heartbeat, self._stats = heartbeat, stats
+        self._pending.set()
+
+    def leave(self) -> None:
+        """The router is to know that this worker wants to end: with every report from now on."""
+        self._is_leaving = True
         self._pending.set()
 
     def close(self) -> None:
@@ -57,8 +77,16 @@ class RouterSession:
             self._pending.clear()
             if self.closed:
                 return
-            report = WorkerReport(self._heartbeat, tuple(self._outputs), tuple(self._refusals), self._stats)
+            report = WorkerReport(
+                self._heartbeat,
+                tuple(self._outputs),
+                tuple(self._refusals),
+                self._stats,
+                tuple(self._failed_migrations),
+                self._is_leaving,
+            )
             self._outputs, self._refusals, self._heartbeat, self._stats = [], [], 0, None
+            self._failed_migrations = []
             yield report
 
 

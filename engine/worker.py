@@ -39,6 +39,7 @@ MakeTransfers = Callable[[PeerRef, PagedKVCache | HostMemory, WorkerHost], Trans
 # A handoff's request may be as long as the context: int32 ids of a million tokens still fit.
 MAX_FRAME_NBYTES = 64 << 20
 EXIT_FENCED = 70
+BECOME_GRACE_S = 2.0  # for threads and links to end
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,14 +52,15 @@ class WorkerReady:
 
 
 class Worker:
-    """Calls in order: load, serve, stop. A worker that lost its lease or its engine ends its process: somebody else may
-    own its requests by then, and a new incarnation takes its place."""
+    """Calls in order: load, serve, stop; in place of the last, become and again serve. A worker that lost its lease or
+    its engine ends its process: somebody else may own its requests by then, and a new incarnation takes its place."""
 
     def __init__(self, spec: WorkerSpec, make_transfers: MakeTransfers) -> None:
         self._spec = spec
         self._make_transfers = make_transfers
         self._progress = "created"
         self._tasks: list[asyncio.Task[None]] = []
+        self._loop: asyncio.AbstractEventLoop | None = None  # while it serves
 
     async def progress(self) -> str:
         """What it is doing now, in a few words, for whoever waits for it."""
@@ -113,12 +115,13 @@ class Worker:
     async def serve(self) -> WorkerReady:
         """Listen for routers and peers; the lease starts with the first router."""
         threading.excepthook = _end_on_crash
+        self._loop = asyncio.get_running_loop()
         fingerprint = self._facts.fingerprint
         me = PeerRef(self._spec.worker_id, self._spec.incarnation, self._address, self._spec.role)
         core = WorkerCore(
             self._config, self._kv_cache.num_blocks, self._spec.hash_key, fingerprint, me.worker_id, _new_pull_id
         )
-        host = WorkerHost(me, fingerprint, self._spec.lease, on_end=end_process)
+        host = self._host = WorkerHost(me, fingerprint, self._spec.lease, on_end=end_process)
         self._transfers = self._make_transfers(me, self._host_memory or self._kv_cache, host)
         self._engine = EngineThread(core, self._execute, host.deliver, host.crashed)
         self._copies = None if self._host_memory is None else HostCopies(self._host_memory, self._engine.post)
@@ -137,6 +140,23 @@ class Worker:
         self._tasks.append(asyncio.create_task(self._health.keep(self._spec.lease.heartbeat_interval_s)))
         self._progress = "serving"
         return WorkerReady(me, os.getpid(), self._kv_cache.num_blocks, self._config.max_model_len, fingerprint)
+
+    def leave(self) -> None:
+        """Called on any thread, to have this process ended: its routers see to that, when they need it no more. One
+        that does not serve ends now."""
+        if self._loop is None:
+            end_process("it was told to end before it served")
+        else:
+            self._loop.call_soon_threadsafe(self._host.leave)
+
+    async def become(self, spec: WorkerSpec) -> None:
+        """Leave the cluster and come back as another worker: model and KV memory stay, what was cached there is
+        forgotten. ValueError where the new address cannot be had. Host memory is a prefill worker's only, so that a
+        change of role needs an engine without."""
+        assert spec.engine == self._spec.engine and not spec.engine.host_cache_bytes, spec
+        await self.stop(BECOME_GRACE_S)
+        self._tasks, self._spec = [], replace(spec, bind_host=self._spec.bind_host)
+        self._server, self._address = bound_server(self._spec)
 
     async def stop(self, grace_s: float) -> None:
         """Stop taking work, then leave nothing behind: threads joined, links and sockets closed."""
@@ -176,6 +196,7 @@ def scheduler_config(engine: EngineConfig, model_max_len: int) -> SchedulerConfi
         block_size=engine.block_size,
         hash_block_size=engine.hash_block_size,
         enable_prefix_caching=engine.enable_prefix_caching,
+        max_migration_tail_blocks=engine.max_migration_tail_blocks,
         pulls=engine.pulls if engine.enable_prefix_caching else None,
     )
 

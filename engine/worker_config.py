@@ -26,12 +26,20 @@ class EngineConfig:
     num_blocks: int | None = None  # overrides kv_cache_bytes and what modelled hardware holds
     host_cache_bytes: int = 0  # memory of its machine in which each prefill worker keeps evicted KV; 0: none
     enable_prefix_caching: bool = True  # keep blocks of ended requests, and find them by their hashes
+    max_migration_tail_blocks: int = 1  # a decode that migrates stops when so many of its KV blocks are left to send
     fused: bool = True  # faster layers in place of transformers' own
     pulls: PullConfig | None = field(default_factory=PullConfig)  # prefixes that others hold; null: no pulls
     modelled: str | Hardware | None = None  # steps compute nothing and take as long as on this (docs/simulator.md)
 
     def __post_init__(self) -> None:
-        for name in ("num_threads", "max_num_batched_tokens", "max_num_seqs", "block_size", "hash_block_size"):
+        for name in (
+            "num_threads",
+            "max_num_batched_tokens",
+            "max_num_seqs",
+            "block_size",
+            "hash_block_size",
+            "max_migration_tail_blocks",
+        ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
         if self.block_size % self.hash_block_size:

@@ -9,6 +9,7 @@ from itertools import count
 
 from engine.config import SchedulerConfig
 from engine.events import (
+    BlocksSent,
     Copied,
     CopyLost,
     Effect,
@@ -30,11 +31,12 @@ from engine.host_cache import HostCache
 from engine.host_loads import HostLoads
 from engine.host_saves import HostSaves
 from engine.kv_cache_manager import KVCacheManager, Ledger
+from engine.migration_source import MigrationSource
 from engine.prefill_speed import PrefillSpeed
 from engine.pull_destination import PullDestination
 from engine.pull_source import PullSource
 from engine.pull_speed import PullSpeed
-from engine.request import Request
+from engine.request import Request, RequestStatus
 from engine.return_destination import ReturnDestination
 from engine.scheduler import Progress, Scheduler
 from engine.scheduler_output import SchedulerOutput, StepResult
@@ -43,6 +45,7 @@ from protos.types import (
     FinishReason,
     GenerateRequest,
     HandoffRefused,
+    Migrate,
     Retarget,
     TokenOutput,
     WorkerStats,
@@ -72,6 +75,7 @@ class WorkerCore:
         self._scheduler = Scheduler(config, self._manager)
         self._source = HandoffSource(config, self._scheduler, self._manager)
         self._destination = HandoffDestination(config, self._scheduler, self._manager)
+        self._migrations = MigrationSource(config, self._scheduler, self._manager)
         self._speed = PrefillSpeed(config.max_num_batched_tokens)
         self._pull_speed = PullSpeed(config.pulls, config.kv_nbytes_per_token)
         copy_numbers = count()
@@ -104,6 +108,10 @@ class WorkerCore:
                 return self._abort(event)
             case Retarget():
                 return self._retarget(event)
+            case Migrate():
+                return self._migrate(event)
+            case BlocksSent(transfer_id, num_blocks):
+                return self._migrations.sent(transfer_id, num_blocks)
             case PullRequested():
                 return self._pull_source.requested(event)
             case ReturnOffered():
@@ -123,8 +131,7 @@ class WorkerCore:
                 self._destination.arrived(event, now)
                 return []
             case TransferLost():
-                self._destination.lost(event, now)
-                return []
+                return self._transfer_lost(event, now)
             case TransferRefused() | TransferClosed() if self._pull_source.ended(event.transfer_id):
                 return []
             case TransferRefused():
@@ -202,16 +209,35 @@ class WorkerCore:
 
     def _retarget(self, event: Retarget) -> list[Effect]:
         request = self._find(event.request_id, event.attempt)
-        return [] if request is None else self._source.retarget(request, event.handoff_to)
+        if request is None:
+            return []
+        if request in self._migrations:
+            return self._migrations.stay(request) if event.handoff_to is None else []
+        return self._source.retarget(request, event.handoff_to)
+
+    def _migrate(self, event: Migrate) -> list[Effect]:
+        request = self._find(event.request_id, event.attempt)
+        return [] if request is None else self._migrations.start(request, event)
+
+    def _transfer_lost(self, event: TransferLost, now: float) -> list[Effect]:
+        """The request of a migration is the source's still, and nobody's here."""
+        dropped = self._destination.lost(event, now)
+        if dropped is not None:
+            del self._requests[dropped.request_id]
+            self._scheduler.remove(dropped)
+        return []
 
     def _transfer_refused(self, event: TransferRefused) -> list[Effect]:
         request = self._source.refused(event.transfer_id, event.reason)
-        return [] if request is None else [HandoffRefused(request.request_id, request.attempt, event.reason)]
+        if request is None:
+            return self._migrations.refused(event.transfer_id, event.reason)
+        return [HandoffRefused(request.request_id, request.attempt, event.reason)]
 
     def _transfer_closed(self, event: TransferClosed) -> list[Effect]:
         request = self._source.closed(event.transfer_id)
-        if request is not None:
-            del self._requests[request.request_id]
+        if request is None:
+            return self._migrations.closed(event.transfer_id, event.failure)
+        del self._requests[request.request_id]
         return []
 
     # --- steps ----------------------------------------------------------------------------------------------------
@@ -227,6 +253,7 @@ class WorkerCore:
         update_from_output must follow before the next call."""
         effects = self._pulls.expire(now)
         output = self._scheduler.schedule(now)
+        effects += self._migrations.end_preempted()
         for scheduled in output.scheduled if output else ():
             request = self._requests[scheduled.request_id]
             if request.handoff_to is not None and not request.opened_transfer_ids:
@@ -256,7 +283,9 @@ class WorkerCore:
         if request.finish_reason is not None:
             return self._finish(progress)
         if request.handoff_to is None:
-            return [_token_output(progress)] if progress.token_ids else []
+            moves = self._migrations.after_step(request, bool(progress.token_ids))
+            leaves = request.status is RequestStatus.HANDING_OFF
+            return [_token_output(progress, accounts=leaves), *moves] if progress.token_ids else moves
         if not progress.token_ids:
             return self._source.send_computed(request)
         return [_token_output(progress, accounts=True), *self._source.hand_off(request)]
@@ -336,6 +365,7 @@ class WorkerCore:
             effects = self._pulls.end(request, reason)
         else:
             effects = self._source.end(request, reason) + self._destination.end(request, reason)
+            effects += self._migrations.end(request, reason)
         self._scheduler.remove(request)
         return effects
 

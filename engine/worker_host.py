@@ -14,6 +14,7 @@ import grpc.aio
 from engine.engine_thread import EngineThread
 from engine.events import (
     AbortTransfer,
+    BlocksSent,
     CommitTransfer,
     CopyBlocks,
     Effect,
@@ -44,7 +45,7 @@ from engine.worker_config import LeaseConfig
 from protos import codec
 from protos import worker_pb2 as pb
 from protos import worker_pb2_grpc as pb_grpc
-from protos.types import HandoffRefused, PeerRef, TokenOutput, TransferKind
+from protos.types import HandoffRefused, MigrationFailed, PeerRef, TokenOutput, TransferFailure, TransferKind
 
 logger = logging.getLogger("twinring.engine")
 
@@ -68,6 +69,7 @@ class WorkerHost(pb_grpc.WorkerServicer):
         self._owners = RequestOwners()
         self._lease_renewed_at: float | None = None  # None until the first router has come: loading has no lease
         self._fenced = False
+        self._is_leaving = False
         self._engine: EngineThread
         self._transfers: TransferPort
         self._copies: HostCopies | None = None
@@ -87,6 +89,8 @@ class WorkerHost(pb_grpc.WorkerServicer):
         session = RouterSession(first.hello.router_id)
         self._sessions.add(session)
         self._heard_from(session)
+        if self._is_leaving:
+            session.leave()
         tasks = [
             asyncio.create_task(send_reports(session, context)),
             asyncio.create_task(receive_commands(request_iterator, self._on_frame, session)),
@@ -127,9 +131,24 @@ class WorkerHost(pb_grpc.WorkerServicer):
         for abort in command.aborts:
             self._owners.aborted(abort)
         # In this order: a frame may submit a request and, batched behind it, already abort it.
-        events: list[Event] = [*map(Submitted, command.submits), *command.retargets, *command.aborts]
+        events: list[Event] = [
+            *map(Submitted, command.submits),
+            *command.retargets,
+            *command.migrates,
+            *command.aborts,
+        ]
         if events:
             self._engine.post(*events)
+
+    async def Leave(self, message: pb.LeaveRequest, context: object) -> pb.LeaveResponse:
+        self.leave()
+        return pb.LeaveResponse()
+
+    def leave(self) -> None:
+        """Ask the routers to be drained: whoever keeps the workers then ends this one."""
+        self._is_leaving = True
+        for session in self._sessions:
+            session.leave()
 
     @property
     def is_live(self) -> bool:
@@ -174,7 +193,7 @@ class WorkerHost(pb_grpc.WorkerServicer):
     def _apply(self, effects: Sequence[Effect]) -> None:
         for effect in effects:
             match effect:
-                case TokenOutput() | HandoffRefused():
+                case TokenOutput() | HandoffRefused() | MigrationFailed():
                     self._owners.emit(effect)
                 case OpenTransfer():
                     self._open(effect)
@@ -185,7 +204,7 @@ class WorkerHost(pb_grpc.WorkerServicer):
                 case AbortTransfer(transfer_id, reason):
                     self._transfers.abort(transfer_id, reason)
                 case ExpectTransfer(handoff, request_id, attempt):
-                    self._transfers.expect(handoff.transfer_id, handoff.peer, request_id, attempt)
+                    self._transfers.expect(handoff.transfer_id, handoff.peer, request_id, attempt, handoff.kind)
                 case GrantTransfer(transfer_id, num_held_blocks, block_ids):
                     self._transfers.grant(transfer_id, num_held_blocks, block_ids)
                 case RefuseTransfer(transfer_id, reason):
@@ -201,9 +220,10 @@ class WorkerHost(pb_grpc.WorkerServicer):
                     self._copies.copy(effect)
 
     def _open(self, effect: OpenTransfer) -> None:
-        """A pull or a return does not move its request: that one is elsewhere, or waits here for its handoff."""
+        """A pull or a return does not move its request: that one is elsewhere, or waits here for its handoff. One that
+        migrates leaves when the router says so."""
         handoff, request_id, attempt = effect.handoff, effect.request_id, effect.attempt
-        if effect.kind in (TransferKind.HANDOFF, TransferKind.MIGRATE):
+        if effect.kind is TransferKind.HANDOFF:
             self._owners.transfer_opened(handoff.transfer_id, request_id, attempt)
         self._transfers.open(handoff.transfer_id, handoff.peer, request_id, attempt, effect.num_blocks, effect.kind)
 
@@ -220,8 +240,11 @@ class WorkerHost(pb_grpc.WorkerServicer):
         num_bytes: int,
         transfer_s: float,
         exposed_s: float,
+        num_blocks: int,
     ) -> None:
-        self._engine.post(TransferArrived(transfer_id, first_index, token_ids, num_bytes, transfer_s, exposed_s))
+        self._engine.post(
+            TransferArrived(transfer_id, first_index, token_ids, num_bytes, transfer_s, exposed_s, num_blocks)
+        )
 
     def on_lost(self, transfer_id: bytes, reason: str) -> None:
         self._engine.post(TransferLost(transfer_id, reason))
@@ -230,9 +253,12 @@ class WorkerHost(pb_grpc.WorkerServicer):
         self._owners.transfer_refused(transfer_id)
         self._engine.post(TransferRefused(transfer_id, reason))
 
-    def on_closed(self, transfer_id: bytes) -> None:
+    def on_sent(self, transfer_id: bytes, num_blocks: int) -> None:
+        self._engine.post(BlocksSent(transfer_id, num_blocks))
+
+    def on_closed(self, transfer_id: bytes, failure: TransferFailure | None) -> None:
         self._owners.transfer_closed(transfer_id)
-        self._engine.post(TransferClosed(transfer_id))
+        self._engine.post(TransferClosed(transfer_id, failure))
 
     def on_pull_asked(
         self,

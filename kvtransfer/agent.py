@@ -119,6 +119,11 @@ class TransferAgent:
         num_blocks: int,
         kind: TransferKind = TransferKind.HANDOFF,
     ) -> None:
+        """A migration may have to wait for its link to be made, so nothing is sent before the first on_sent."""
+        is_member = (self._members or {}).get(peer.worker_id) == peer
+        if kind is TransferKind.MIGRATE and is_member:
+            self._source.open_when_warm(transfer_id, peer, request_id, attempt, num_blocks, kind)
+            return
         refusal = self._source.open(transfer_id, peer, request_id, attempt, num_blocks, kind)
         self._asks.answered(transfer_id, refusal)
 
@@ -139,8 +144,15 @@ class TransferAgent:
 
     # --- destination --------------------------------------------------------------------------------------------------
 
-    def expect(self, transfer_id: bytes, source: PeerRef, request_id: str, attempt: int) -> None:
-        self._destination.expect(transfer_id, source, request_id, attempt)
+    def expect(
+        self,
+        transfer_id: bytes,
+        source: PeerRef,
+        request_id: str,
+        attempt: int,
+        kind: TransferKind = TransferKind.HANDOFF,
+    ) -> None:
+        self._destination.expect(transfer_id, source, request_id, attempt, kind)
 
     def request_pull(
         self,

@@ -295,6 +295,7 @@ class DestinationSide:
                     effect.num_bytes,
                     effect.transfer_s,
                     effect.exposed_s,
+                    effect.num_blocks,
                 )
 
 

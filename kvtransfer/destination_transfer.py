@@ -72,6 +72,7 @@ class ReportArrived:
     num_bytes: int
     transfer_s: float  # from the grant to the last verified chunk
     exposed_s: float  # the part of it after the source had computed its last block
+    num_blocks: int  # of those offered that there are, held ones included
 
 
 @dataclass(frozen=True, slots=True)
@@ -215,8 +216,7 @@ class DestinationTransfer:
             case Chunk() if receiving:
                 return self._on_chunk(message)
             case Commit() if receiving and self._commit is None:
-                self._commit, self._committed_at = message, now
-                return self._arrive_when_whole(now)
+                return self._on_commit(message, now)
             case Abort(reason=reason) if self.state is State.PARKED:
                 self.state, self._lost = State.WITHDRAWN, ReportLost(reason, TransferFailure.ABORTED)
             case Abort(reason=reason) if self.state is not State.WITHDRAWN:
@@ -236,11 +236,21 @@ class DestinationTransfer:
         start = chunk.first_block - self._granted.num_held_blocks
         return [Receive(chunk.seq, self._granted.block_ids[start : start + chunk.num_blocks], chunk.checksum)]
 
+    def _on_commit(self, commit: Commit, now: float) -> list[DestinationEffect]:
+        held, num_granted = self._granted.num_held_blocks, len(self._granted.block_ids)
+        least = held if self.kind is TransferKind.MIGRATE else held + num_granted
+        if not least <= commit.num_blocks <= held + num_granted or max(self._claimed, default=-1) >= commit.num_blocks:
+            error = f"a commit of {commit.num_blocks} blocks where {held + num_granted} were offered"
+            return self._end(error, TransferFailure.CORRUPT, tell=True)
+        self._commit, self._committed_at = commit, now
+        return self._arrive_when_whole(now)
+
     def _error_in(self, chunk: Chunk, positions: range) -> str:
-        held, granted = self._granted.num_held_blocks, self._granted.block_ids
+        held = self._granted.num_held_blocks
+        end = held + len(self._granted.block_ids) if self._commit is None else self._commit.num_blocks
         if not 0 < chunk.num_blocks <= self._config.num_chunk_blocks(self._block_nbytes):
             return f"a chunk of {chunk.num_blocks} blocks"
-        if positions.start < held or positions.stop > held + len(granted):
+        if positions.start < held or positions.stop > end:
             return f"a chunk of blocks [{positions.start}, {positions.stop}) outside the grant"
         if not self._claimed.isdisjoint(positions):
             return f"a second chunk for blocks in [{positions.start}, {positions.stop})"
@@ -258,7 +268,7 @@ class DestinationTransfer:
         return self._arrive_when_whole(now)
 
     def _arrive_when_whole(self, now: float) -> list[DestinationEffect]:
-        if self._commit is None or self._num_written < len(self._granted.block_ids):
+        if self._commit is None or self._num_written < self._commit.num_blocks - self._granted.num_held_blocks:
             return []
         assert not self._receiving
         self.state = State.DONE
@@ -268,6 +278,7 @@ class DestinationTransfer:
             self._num_written * self._block_nbytes,
             transfer_s=now - self._granted_at,
             exposed_s=now - self._committed_at,
+            num_blocks=self._commit.num_blocks,
         )
         return [Tell(Ack(self.stamp)), arrived]
 

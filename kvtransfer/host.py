@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from protos.types import PeerRef, TransferKind
+from protos.types import PeerRef, TransferFailure, TransferKind
 
 
 class TransferHost(Protocol):
@@ -23,8 +23,10 @@ class TransferHost(Protocol):
         num_bytes: int,
         transfer_s: float,
         exposed_s: float,
+        num_blocks: int,
     ) -> None:
-        """Destination: every granted block is verified and written."""
+        """Destination: of the offered blocks the first num_blocks, those that were here already among them, are
+        verified and written: all, but for a migration."""
 
     def on_lost(self, transfer_id: bytes, reason: str) -> None:
         """Destination: it will not come, and nothing writes to the granted blocks any more."""
@@ -32,8 +34,12 @@ class TransferHost(Protocol):
     def on_refused(self, transfer_id: bytes, reason: str) -> None:
         """Source: the destination took nothing."""
 
-    def on_closed(self, transfer_id: bytes) -> None:
-        """Source: acknowledged, aborted or expired, and nothing reads the blocks any more."""
+    def on_sent(self, transfer_id: bytes, num_blocks: int) -> None:
+        """Source of a migration, many times: the destination has granted its blocks, and so many of the request's
+        blocks have been sent or were there."""
+
+    def on_closed(self, transfer_id: bytes, failure: TransferFailure | None) -> None:
+        """Source: acknowledged (None), aborted or expired, and nothing reads the blocks any more."""
 
     def on_pull_asked(
         self,

@@ -162,6 +162,7 @@ class Commit:
     stamp: Stamp
     first_index: int
     token_ids: tuple[int, ...]
+    num_blocks: int  # that there are: those offered, but for a migration, which may have needed fewer
 
 
 @dataclass(frozen=True, slots=True)

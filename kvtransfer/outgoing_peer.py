@@ -15,7 +15,7 @@ from kvtransfer.greeter import Greeter
 from kvtransfer.link_meter import LinkMeter
 from kvtransfer.messages import MAX_FRAME_NBYTES, HelloRefused, LinkOffer, Message
 from kvtransfer.peer_channel import ChannelLost, PeerChannel
-from kvtransfer.source_lane import OnGathered, SourceLane
+from kvtransfer.source_lane import OnGathered, OnSent, SourceLane
 from kvtransfer.transport import LinkFailed, Transport
 from protos import worker_pb2_grpc
 from protos.types import LinkStats, PeerRef
@@ -47,6 +47,7 @@ class OutgoingPeer:
         transport: Transport,
         on_message: Callable[[OutgoingPeer, Message], None],
         on_gathered: OnGathered,
+        on_sent: OnSent,
         on_lost: Callable[[OutgoingPeer, str], None],
     ) -> None:
         self.peer = peer
@@ -59,6 +60,7 @@ class OutgoingPeer:
         self._transport = transport
         self._on_message = on_message
         self._on_gathered = on_gathered
+        self._on_sent = on_sent
         self._on_lost = on_lost
         self._channel: PeerChannel | None = None
         self._meter = LinkMeter()
@@ -150,7 +152,7 @@ class OutgoingPeer:
 
         link = self._transport.dial(offer, on_failure)
         name = f"kv-to-{self.peer.worker_id}"
-        return SourceLane(name, link, self._store, self._config, self._meter, self._on_gathered)
+        return SourceLane(name, link, self._store, self._config, self._meter, self._on_gathered, self._on_sent)
 
 
 def _report_bug(task: asyncio.Task[None]) -> None:

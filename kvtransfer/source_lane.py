@@ -22,6 +22,7 @@ from kvtransfer.turns import Turns
 from protos.types import TransferKind
 
 OnGathered = Callable[[bytes, int, int], None]  # transfer_id, seq, checksum
+OnSent = Callable[[bytes, int], None]  # transfer_id, num_blocks
 
 
 class _Phase(Enum):
@@ -55,6 +56,7 @@ class SourceLane:
         config: TransferConfig,
         meter: LinkMeter,
         on_gathered: OnGathered,
+        on_sent: OnSent,
     ) -> None:
         self.transport = link.transport
         self._link = link
@@ -65,6 +67,7 @@ class SourceLane:
         self._ring = StagingRing(store.layout, config.num_staging_chunks, num_slot_blocks, link.allocate)
         self._checksum = checksum_of(config.checksum)
         self._on_gathered = on_gathered
+        self._on_sent = on_sent
         self._loop = asyncio.get_running_loop()
         self._thread = LaneThread(name)
         self._waiter = LaneThread(f"{name}-wait")
@@ -147,6 +150,10 @@ class SourceLane:
         self._turns.give_back(chunk)
         self._fill_slots()
 
+    def _sent(self, chunk: _Chunk) -> None:
+        self._free(chunk)
+        self._on_sent(chunk.transfer_id, len(chunk.block_ids))
+
     def _staged(self, chunk: _Chunk) -> torch.Tensor:
         assert chunk.slot is not None
         return self._ring.blocks(chunk.slot, len(chunk.block_ids))
@@ -185,4 +192,4 @@ class SourceLane:
             return
         self._meter.count(sent.numel(), began_at, time.monotonic())
         if chunk is not None:
-            self._loop.call_soon_threadsafe(self._free, chunk)
+            self._loop.call_soon_threadsafe(self._sent, chunk)

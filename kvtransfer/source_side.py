@@ -22,8 +22,10 @@ from kvtransfer.source_transfer import (
     Opened,
     ReportClosed,
     ReportRefused,
+    ReportSent,
     SendChunk,
     SendFiller,
+    Sent,
     SourceEffect,
     SourceEvent,
     SourceTransfer,
@@ -60,10 +62,11 @@ class SourceSide:
         self._peers: dict[str, OutgoingPeer] = {}
         self._lazy: dict[str, None] = {}  # of them those that were dialled for one transfer, longest unused first
         self._closing: set[asyncio.Task[None]] = set()
+        self._opening: dict[bytes, asyncio.Task[None]] = {}  # transfers that wait for their link
 
     @property
     def num_open(self) -> int:
-        return len(self._transfers)
+        return len(self._transfers) + len(self._opening)
 
     def is_open(self, transfer_id: bytes) -> bool:
         return transfer_id in self._transfers
@@ -128,12 +131,13 @@ class SourceSide:
                 self._transport,
                 self._on_message,
                 self._on_gathered,
+                self._on_sent,
                 self._on_peer_lost,
             )
         return self._peers[member.incarnation]
 
     async def close(self) -> None:
-        for transfer_id in list(self._transfers):
+        for transfer_id in [*self._transfers, *self._opening]:
             self.abort(transfer_id, "the worker is closing")
         self.set_members((), ())
         await asyncio.gather(*self._closing)
@@ -163,6 +167,19 @@ class SourceSide:
         self._apply(transfer, Opened())
         return ""
 
+    def open_when_warm(
+        self, transfer_id: bytes, peer: PeerRef, request_id: str, attempt: int, num_blocks: int, kind: TransferKind
+    ) -> None:
+        """The same once there is a link to this member; the host hears of it where there will be none."""
+
+        async def opening() -> None:
+            await self.warm(peer)  # what it is refused for, open says
+            del self._opening[transfer_id]
+            self.open(transfer_id, peer, request_id, attempt, num_blocks, kind)
+
+        assert transfer_id not in self._opening, "a transfer id is used once"
+        self._opening[transfer_id] = self._loop.create_task(opening())
+
     def send_blocks(self, transfer_id: bytes, first_block: int, block_ids: tuple[int, ...]) -> None:
         self._apply_if_open(transfer_id, BlocksComputed(first_block, block_ids))
 
@@ -171,6 +188,9 @@ class SourceSide:
 
     def abort(self, transfer_id: bytes, reason: str) -> None:
         self._apply_if_open(transfer_id, AbortAsked(reason))
+        if (opening := self._opening.pop(transfer_id, None)) is not None:
+            opening.cancel()
+            self._loop.call_soon(self._host.on_closed, transfer_id, TransferFailure.ABORTED)
 
     def tick(self, now: float) -> None:
         for transfer in list(self._transfers.values()):
@@ -200,6 +220,9 @@ class SourceSide:
     def _on_gathered(self, transfer_id: bytes, seq: int, checksum: int) -> None:
         self._apply(self._transfers[transfer_id], Gathered(seq, checksum))
 
+    def _on_sent(self, transfer_id: bytes, num_blocks: int) -> None:
+        self._apply_if_open(transfer_id, Sent(num_blocks))
+
     # --- carrying out -------------------------------------------------------------------------------------------------
 
     def _apply_if_open(self, transfer_id: bytes, event: SourceEvent) -> None:
@@ -225,6 +248,8 @@ class SourceSide:
             case CancelWork():
                 for seq in self._lane_of(transfer).cancel(transfer_id):
                     self._apply(transfer, GatherCancelled(seq))
+            case ReportSent(num_blocks=num_blocks):
+                self._loop.call_soon(self._host.on_sent, transfer_id, num_blocks)
             case ReportRefused(reason=reason, failure=failure):
                 self._counters.count_failed(failure)
                 del self._transfers[transfer_id]
@@ -233,7 +258,7 @@ class SourceSide:
                 if failure is not None:
                     self._counters.count_failed(failure)
                 del self._transfers[transfer_id]
-                self._loop.call_soon(self._host.on_closed, transfer_id)
+                self._loop.call_soon(self._host.on_closed, transfer_id, failure)
 
     def _lane_of(self, transfer: SourceTransfer) -> SourceLane:
         """An open transfer has its lane until it is told of the link's loss; what follows needs none."""

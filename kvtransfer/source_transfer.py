@@ -44,8 +44,15 @@ class GatherCancelled:
     seq: int
 
 
+@dataclass(frozen=True, slots=True)
+class Sent:
+    """The link is done with the bytes of a chunk of so many blocks."""
+
+    num_blocks: int
+
+
 SourceEvent = (
-    Opened | BlocksComputed | CommitAsked | Gathered | GatherCancelled | Received | AbortAsked | LinkLost | Tick
+    Opened | BlocksComputed | CommitAsked | Gathered | GatherCancelled | Sent | Received | AbortAsked | LinkLost | Tick
 )
 
 
@@ -70,6 +77,14 @@ class SendFiller:
 
 
 @dataclass(frozen=True, slots=True)
+class ReportSent:
+    """Of a migration: so many of its blocks have been sent by now, or were at the destination before. The request is
+    taken off its worker when this is nearly all."""
+
+    num_blocks: int
+
+
+@dataclass(frozen=True, slots=True)
 class ReportRefused:
     reason: str
     failure: TransferFailure
@@ -80,7 +95,7 @@ class ReportClosed:
     failure: TransferFailure | None = None  # None: acknowledged
 
 
-SourceEffect = Tell | Gather | SendChunk | SendFiller | CancelWork | ReportRefused | ReportClosed
+SourceEffect = Tell | Gather | SendChunk | SendFiller | CancelWork | ReportSent | ReportRefused | ReportClosed
 
 
 class SourceState(Enum):
@@ -120,6 +135,7 @@ class SourceTransfer:
         self._next_seq = 0
         self._gathering: dict[int, BlocksComputed] = {}
         self._announced: dict[int, int] = {}  # gathered, told to the peer, not yet asked for: how many bytes
+        self._num_sent = 0  # blocks, or held by the peer
 
     @property
     def deadline(self) -> float | None:
@@ -146,6 +162,8 @@ class SourceTransfer:
                 return self._on_commit(event)
             case Gathered() | GatherCancelled():
                 return self._on_gather_ended(event)
+            case Sent(num_blocks=num_blocks):
+                return self._report_sent(num_blocks)
             case Received(message=message):
                 assert message.stamp == self.stamp
                 return self._on_message(message, now)
@@ -169,7 +187,8 @@ class SourceTransfer:
         return self._gather(event) if self.state is SourceState.SENDING else []
 
     def _on_commit(self, event: CommitAsked) -> list[SourceEffect]:
-        assert self._num_computed == self._num_blocks, "commit comes after the last block"
+        migrates = self.kind is TransferKind.MIGRATE
+        assert self._num_computed == self._num_blocks or migrates, "commit comes after the last block"
         assert self._commit is None
         self._commit = event
         return self._tell_commit() if self.state is SourceState.SENDING else []
@@ -177,7 +196,13 @@ class SourceTransfer:
     def _tell_commit(self) -> list[SourceEffect]:
         if self._commit is None:
             return []
-        return [Tell(Commit(self.stamp, self._commit.first_index, self._commit.token_ids))]
+        commit = self._commit
+        return [Tell(Commit(self.stamp, commit.first_index, commit.token_ids, self._num_computed))]
+
+    def _report_sent(self, num_blocks: int) -> list[SourceEffect]:
+        self._num_sent += num_blocks
+        migrates = self.kind is TransferKind.MIGRATE and self.state is SourceState.SENDING
+        return [ReportSent(self._num_sent)] if migrates else []
 
     def _gather(self, blocks: BlocksComputed) -> list[SourceEffect]:
         """Chunks of what the destination does not hold."""
@@ -225,7 +250,7 @@ class SourceTransfer:
         self._num_held = num_held
         effects = [effect for blocks in self._early for effect in self._gather(blocks)]
         self._early.clear()
-        return effects + self._tell_commit()
+        return [*effects, *self._tell_commit(), *self._report_sent(num_held)]
 
     def _on_ready(self, message: Ready) -> list[SourceEffect]:
         if self.state is SourceState.SENDING and self._announced.get(message.seq) == message.num_bytes:

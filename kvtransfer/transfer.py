@@ -8,8 +8,9 @@ Messages may be lost, repeated, late or reordered. Each side has exactly one end
 Source                 | OFFERED            | SENDING                            | CLOSING
 -----------------------+--------------------+------------------------------------+------------------------------
 blocks computed        | keep for later     | gather, by chunks                  | ignore
+chunk sent             | -                  | migration: report how many blocks  | ignore
 commit asked           | keep for later     | send commit                        | ignore
-accept                 | -> SENDING         | ignore (repeated)                  | ignore
+accept                 | -> SENDING, report | ignore (repeated)                  | ignore
 refuse                 | refused            | ignore                             | ignore
 chunk gathered         | -                  | send chunk                         | closed, when it was the last
 ready                  | send filler        | send the chunk; filler if unknown  | send filler
@@ -38,7 +39,8 @@ chunk                  | ignore       | ignore    | ignore       | ignore       
   that cannot be       | ignore       | ignore    | ignore       | ignore          | send abort, CLOSING| ignore
 chunk verified, written| -            | -         | -            | -               | count              | lost,
 chunk is bad           | -            | -         | -            | -               | send abort, CLOSING| when last
-commit                 | ignore       | ignore    | ignore       | ignore          | keep               | ignore
+commit                 | ignore       | ignore    | ignore       | ignore          | keep, once         | ignore
+  of other blocks      | ignore       | ignore    | ignore       | ignore          | send abort, CLOSING| ignore
 all written + commit   | -            | -         | -            | -               | send ack, arrived  | -
 abort asked by host    | -            | -         | lost         | send refuse,lost| send abort, CLOSING| ignore
 abort from the peer    | -> WITHDRAWN | ignore    | lost         | lost            | CLOSING            | ignore
@@ -50,9 +52,18 @@ OFFERED starts by asking the host. The granted blocks are written in RECEIVING a
 verified chunks: `lost` waits for those that have begun. `arrived` is said only when every granted block is written.
 PARKED and WITHDRAWN are unknown to the host, so they end without a report; `refused by host` is the host's own doing.
 
-A handoff is announced by the router; pulls and returns by the destination's own host, which has asked for them. Where
-the other worker answers that it offers nothing, the destination drops what it has EXPECTED, and its host hears of that
-instead (asks.py).
+A migration's request goes on while its blocks move, so that it has more of them in the end than in the beginning. Its
+source offers with room to grow, sends blocks when they are full, and the commit says how many of the offered blocks
+there are: those are waited for, chunks beyond are an error, and the rest of the grant goes back unwritten. Every other
+kind commits just what it offered. A migration that outgrows its offer is aborted, and its request stays where it is.
+The source is told what has been sent (`report`), so that it can stop the request when hardly anything is left.
+
+Where `arrived` was said, the destination has the request, whether or not the source hears the ack; where `lost` was
+said, it has not. A source that committed and was closed without an ack cannot know which: engine/migration_source.py.
+
+A handoff and a migration are announced by the router; pulls and returns by the destination's own host, which has asked
+for them. Where the other worker answers that it offers nothing, the destination drops what it has EXPECTED, and its
+host hears of that instead (asks.py).
 """
 
 from __future__ import annotations

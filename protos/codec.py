@@ -18,6 +18,8 @@ from protos.types import (
     HandoffRefused,
     LinkStats,
     Logprobs,
+    Migrate,
+    MigrationFailed,
     PeerRef,
     PullOutcome,
     PullStats,
@@ -28,6 +30,7 @@ from protos.types import (
     ServingMode,
     TokenOutput,
     TransferFailure,
+    TransferKind,
     TransferStats,
     WorkerAccount,
     WorkerReport,
@@ -68,14 +71,15 @@ def peer_from_proto(message: pb.PeerRef) -> PeerRef:
 def _handoff_to_proto(handoff: Handoff | None) -> pb.HandoffRef | None:
     if handoff is None:
         return None
-    return pb.HandoffRef(transfer_id=handoff.transfer_id, peer=peer_to_proto(handoff.peer))
+    return pb.HandoffRef(transfer_id=handoff.transfer_id, peer=peer_to_proto(handoff.peer), kind=handoff.kind.value)
 
 
 def _handoff_from_proto(holder: pb.Submit | pb.Retarget, name: str) -> Handoff | None:
-    if not holder.HasField(name):
-        return None
-    message: pb.HandoffRef = getattr(holder, name)
-    return Handoff(message.transfer_id, peer_from_proto(message.peer))
+    return _handoff(getattr(holder, name)) if holder.HasField(name) else None
+
+
+def _handoff(message: pb.HandoffRef) -> Handoff:
+    return Handoff(message.transfer_id, peer_from_proto(message.peer), TransferKind(message.kind))
 
 
 def _sampling_to_proto(sampling: SamplingParams) -> pb.WorkerSamplingParams:
@@ -169,6 +173,14 @@ def command_to_proto(command: RouterCommand) -> pb.RouterFrame:
             )
             for retarget in command.retargets
         ],
+        migrates=[
+            pb.Migrate(
+                request_id=migrate.request_id,
+                attempt=migrate.attempt,
+                migrate_to=_handoff_to_proto(migrate.migrate_to),
+            )
+            for migrate in command.migrates
+        ],
     )
     if command.members is not None:
         frame.membership.version = command.membership_version
@@ -187,6 +199,9 @@ def command_from_proto(frame: pb.RouterFrame) -> RouterCommand:
         retargets=tuple(
             Retarget(retarget.request_id, retarget.attempt, _handoff_from_proto(retarget, "handoff_to"))
             for retarget in frame.retargets
+        ),
+        migrates=tuple(
+            Migrate(migrate.request_id, migrate.attempt, _handoff(migrate.migrate_to)) for migrate in frame.migrates
         ),
     )
 
@@ -371,6 +386,16 @@ def report_to_proto(report: WorkerReport) -> pb.WorkerFrame:
             for refusal in report.refusals
         ],
         stats=None if report.stats is None else _stats_to_proto(report.stats),
+        is_leaving=report.is_leaving,
+        failed_migrations=[
+            pb.MigrationFailed(
+                request_id=failed.request_id,
+                attempt=failed.attempt,
+                transfer_id=failed.transfer_id,
+                reason=failed.reason,
+            )
+            for failed in report.failed_migrations
+        ],
     )
 
 
@@ -382,4 +407,9 @@ def report_from_proto(frame: pb.WorkerFrame) -> WorkerReport:
             HandoffRefused(refusal.request_id, refusal.attempt, refusal.reason) for refusal in frame.refusals
         ),
         stats=_stats_from_proto(frame.stats) if frame.HasField("stats") else None,
+        is_leaving=frame.is_leaving,
+        failed_migrations=tuple(
+            MigrationFailed(failed.request_id, failed.attempt, failed.transfer_id, failed.reason)
+            for failed in frame.failed_migrations
+        ),
     )

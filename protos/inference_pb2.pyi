@@ -137,7 +137,7 @@ class GenerateRequest(_message.Message):
     def __init__(self, request_id: _Optional[str] = ..., text: _Optional[str] = ..., tokenized: _Optional[_Union[TokenizedInput, _Mapping]] = ..., chat: _Optional[_Union[Chat, _Mapping]] = ..., sampling_params: _Optional[_Union[SamplingParams, _Mapping]] = ..., stream: _Optional[bool] = ..., priority: _Optional[int] = ..., output_token_ids: _Optional[bytes] = ...) -> None: ...
 
 class Placement(_message.Message):
-    __slots__ = ("prefill_worker", "prefill_reason", "decode_worker", "decode_reason", "mode", "mode_reason", "attempts", "kv_bytes_moved", "transfer_s", "transfer_exposed_s", "predicted_cached_tokens", "decode_held_tokens", "preemptions", "ttft_s", "tpot_s", "e2e_s", "predicted_pulled_tokens", "pulled_tokens", "failed_pulls", "moves", "queued_s")
+    __slots__ = ("prefill_worker", "prefill_reason", "decode_worker", "decode_reason", "mode", "mode_reason", "attempts", "kv_bytes_moved", "transfer_s", "transfer_exposed_s", "predicted_cached_tokens", "decode_held_tokens", "preemptions", "ttft_s", "tpot_s", "e2e_s", "predicted_pulled_tokens", "pulled_tokens", "failed_pulls", "moves", "queued_s", "migrations", "migration_pause_s")
     PREFILL_WORKER_FIELD_NUMBER: _ClassVar[int]
     PREFILL_REASON_FIELD_NUMBER: _ClassVar[int]
     DECODE_WORKER_FIELD_NUMBER: _ClassVar[int]
@@ -159,6 +159,8 @@ class Placement(_message.Message):
     FAILED_PULLS_FIELD_NUMBER: _ClassVar[int]
     MOVES_FIELD_NUMBER: _ClassVar[int]
     QUEUED_S_FIELD_NUMBER: _ClassVar[int]
+    MIGRATIONS_FIELD_NUMBER: _ClassVar[int]
+    MIGRATION_PAUSE_S_FIELD_NUMBER: _ClassVar[int]
     prefill_worker: str
     prefill_reason: str
     decode_worker: str
@@ -180,7 +182,9 @@ class Placement(_message.Message):
     failed_pulls: int
     moves: int
     queued_s: float
-    def __init__(self, prefill_worker: _Optional[str] = ..., prefill_reason: _Optional[str] = ..., decode_worker: _Optional[str] = ..., decode_reason: _Optional[str] = ..., mode: _Optional[_Union[ServingMode, str]] = ..., mode_reason: _Optional[str] = ..., attempts: _Optional[int] = ..., kv_bytes_moved: _Optional[int] = ..., transfer_s: _Optional[float] = ..., transfer_exposed_s: _Optional[float] = ..., predicted_cached_tokens: _Optional[int] = ..., decode_held_tokens: _Optional[int] = ..., preemptions: _Optional[int] = ..., ttft_s: _Optional[float] = ..., tpot_s: _Optional[float] = ..., e2e_s: _Optional[float] = ..., predicted_pulled_tokens: _Optional[int] = ..., pulled_tokens: _Optional[int] = ..., failed_pulls: _Optional[int] = ..., moves: _Optional[int] = ..., queued_s: _Optional[float] = ...) -> None: ...
+    migrations: int
+    migration_pause_s: float
+    def __init__(self, prefill_worker: _Optional[str] = ..., prefill_reason: _Optional[str] = ..., decode_worker: _Optional[str] = ..., decode_reason: _Optional[str] = ..., mode: _Optional[_Union[ServingMode, str]] = ..., mode_reason: _Optional[str] = ..., attempts: _Optional[int] = ..., kv_bytes_moved: _Optional[int] = ..., transfer_s: _Optional[float] = ..., transfer_exposed_s: _Optional[float] = ..., predicted_cached_tokens: _Optional[int] = ..., decode_held_tokens: _Optional[int] = ..., preemptions: _Optional[int] = ..., ttft_s: _Optional[float] = ..., tpot_s: _Optional[float] = ..., e2e_s: _Optional[float] = ..., predicted_pulled_tokens: _Optional[int] = ..., pulled_tokens: _Optional[int] = ..., failed_pulls: _Optional[int] = ..., moves: _Optional[int] = ..., queued_s: _Optional[float] = ..., migrations: _Optional[int] = ..., migration_pause_s: _Optional[float] = ...) -> None: ...
 
 class GenerateStreamChunk(_message.Message):
     __slots__ = ("token_ids", "text", "first_index", "prompt_tokens", "completion_tokens", "cached_tokens", "choice_index", "logprobs")
@@ -441,3 +445,34 @@ class GetStatusResponse(_message.Message):
     events: _containers.RepeatedCompositeFieldContainer[ClusterEvent]
     router_id: str
     def __init__(self, ready: _Optional[bool] = ..., message: _Optional[str] = ..., mode: _Optional[str] = ..., model: _Optional[str] = ..., version: _Optional[str] = ..., num_requests_in_flight: _Optional[int] = ..., num_requests_finished: _Optional[int] = ..., num_failovers: _Optional[int] = ..., view_version: _Optional[int] = ..., workers: _Optional[_Iterable[_Union[WorkerLoad, _Mapping]]] = ..., events: _Optional[_Iterable[_Union[ClusterEvent, _Mapping]]] = ..., router_id: _Optional[str] = ...) -> None: ...
+
+class DrainRequest(_message.Message):
+    __slots__ = ("who", "timeout_s", "replace")
+    WHO_FIELD_NUMBER: _ClassVar[int]
+    TIMEOUT_S_FIELD_NUMBER: _ClassVar[int]
+    REPLACE_FIELD_NUMBER: _ClassVar[int]
+    who: str
+    timeout_s: float
+    replace: bool
+    def __init__(self, who: _Optional[str] = ..., timeout_s: _Optional[float] = ..., replace: _Optional[bool] = ...) -> None: ...
+
+class DrainResponse(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class ScaleRequest(_message.Message):
+    __slots__ = ("sizes",)
+    class SizesEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: int
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[int] = ...) -> None: ...
+    SIZES_FIELD_NUMBER: _ClassVar[int]
+    sizes: _containers.ScalarMap[str, int]
+    def __init__(self, sizes: _Optional[_Mapping[str, int]] = ...) -> None: ...
+
+class ScaleResponse(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...

@@ -331,6 +331,16 @@ class ClusterStub:
                 request_serializer=protos_dot_inference__pb2.GetStatusRequest.SerializeToString,
                 response_deserializer=protos_dot_inference__pb2.GetStatusResponse.FromString,
                 _registered_method=True)
+        self.Drain = channel.unary_unary(
+                '/twinring.v1.Cluster/Drain',
+                request_serializer=protos_dot_inference__pb2.DrainRequest.SerializeToString,
+                response_deserializer=protos_dot_inference__pb2.DrainResponse.FromString,
+                _registered_method=True)
+        self.Scale = channel.unary_unary(
+                '/twinring.v1.Cluster/Scale',
+                request_serializer=protos_dot_inference__pb2.ScaleRequest.SerializeToString,
+                response_deserializer=protos_dot_inference__pb2.ScaleResponse.FromString,
+                _registered_method=True)
 
 
 class ClusterServicer:
@@ -343,6 +353,19 @@ class ClusterServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Drain(self, request, context):
+        """Orders of an operator. They return as soon as what they ask for has begun; GetStatus shows how it goes.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Scale(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_ClusterServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -350,6 +373,16 @@ def add_ClusterServicer_to_server(servicer, server):
                     servicer.GetStatus,
                     request_deserializer=protos_dot_inference__pb2.GetStatusRequest.FromString,
                     response_serializer=protos_dot_inference__pb2.GetStatusResponse.SerializeToString,
+            ),
+            'Drain': grpc.unary_unary_rpc_method_handler(
+                    servicer.Drain,
+                    request_deserializer=protos_dot_inference__pb2.DrainRequest.FromString,
+                    response_serializer=protos_dot_inference__pb2.DrainResponse.SerializeToString,
+            ),
+            'Scale': grpc.unary_unary_rpc_method_handler(
+                    servicer.Scale,
+                    request_deserializer=protos_dot_inference__pb2.ScaleRequest.FromString,
+                    response_serializer=protos_dot_inference__pb2.ScaleResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -380,6 +413,60 @@ class Cluster:
             '/twinring.v1.Cluster/GetStatus',
             protos_dot_inference__pb2.GetStatusRequest.SerializeToString,
             protos_dot_inference__pb2.GetStatusResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Drain(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/twinring.v1.Cluster/Drain',
+            protos_dot_inference__pb2.DrainRequest.SerializeToString,
+            protos_dot_inference__pb2.DrainResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Scale(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/twinring.v1.Cluster/Scale',
+            protos_dot_inference__pb2.ScaleRequest.SerializeToString,
+            protos_dot_inference__pb2.ScaleResponse.FromString,
             options,
             channel_credentials,
             insecure,

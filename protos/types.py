@@ -84,6 +84,7 @@ class Handoff:
 
     transfer_id: bytes  # 128 random bits, used once
     peer: PeerRef
+    kind: TransferKind = TransferKind.HANDOFF  # or a migration
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +124,16 @@ class Abort:
 class Retarget:
     request_id: str
     attempt: int
-    handoff_to: Handoff | None  # None: decode where the prefill ran
+    handoff_to: Handoff | None  # None: decode where the prefill ran, or where it was to migrate from
+
+
+@dataclass(frozen=True, slots=True)
+class Migrate:
+    """To the worker that decodes it: go on doing so while its KV moves, then let the other one go on."""
+
+    request_id: str
+    attempt: int
+    migrate_to: Handoff
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,6 +180,17 @@ class TokenOutput:
 class HandoffRefused:
     request_id: str
     attempt: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class MigrationFailed:
+    """From the source: it still has the request, and goes on with it unless it has stopped for good; then it waits for
+    the router's word (engine/migration_source.py)."""
+
+    request_id: str
+    attempt: int
+    transfer_id: bytes
     reason: str
 
 
@@ -246,6 +267,8 @@ class WorkerReport:
     outputs: tuple[TokenOutput, ...] = ()
     refusals: tuple[HandoffRefused, ...] = ()
     stats: WorkerStats | None = None
+    failed_migrations: tuple[MigrationFailed, ...] = ()
+    is_leaving: bool = False  # it was told to end: it should be drained
 
 
 @dataclass(frozen=True, slots=True)
@@ -258,6 +281,7 @@ class RouterCommand:
     submits: tuple[GenerateRequest, ...] = ()
     aborts: tuple[Abort, ...] = ()
     retargets: tuple[Retarget, ...] = ()
+    migrates: tuple[Migrate, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

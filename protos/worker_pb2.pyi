@@ -25,12 +25,14 @@ class PeerRef(_message.Message):
     def __init__(self, worker_id: _Optional[str] = ..., incarnation: _Optional[str] = ..., address: _Optional[str] = ..., role: _Optional[str] = ...) -> None: ...
 
 class HandoffRef(_message.Message):
-    __slots__ = ("transfer_id", "peer")
+    __slots__ = ("transfer_id", "peer", "kind")
     TRANSFER_ID_FIELD_NUMBER: _ClassVar[int]
     PEER_FIELD_NUMBER: _ClassVar[int]
+    KIND_FIELD_NUMBER: _ClassVar[int]
     transfer_id: bytes
     peer: PeerRef
-    def __init__(self, transfer_id: _Optional[bytes] = ..., peer: _Optional[_Union[PeerRef, _Mapping]] = ...) -> None: ...
+    kind: str
+    def __init__(self, transfer_id: _Optional[bytes] = ..., peer: _Optional[_Union[PeerRef, _Mapping]] = ..., kind: _Optional[str] = ...) -> None: ...
 
 class WorkerSamplingParams(_message.Message):
     __slots__ = ("temperature", "top_p", "top_k", "seed", "max_tokens", "stop_token_ids", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "logit_bias", "min_tokens", "num_logprobs")
@@ -133,6 +135,16 @@ class Retarget(_message.Message):
     handoff_to: HandoffRef
     def __init__(self, request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., handoff_to: _Optional[_Union[HandoffRef, _Mapping]] = ...) -> None: ...
 
+class Migrate(_message.Message):
+    __slots__ = ("request_id", "attempt", "migrate_to")
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    ATTEMPT_FIELD_NUMBER: _ClassVar[int]
+    MIGRATE_TO_FIELD_NUMBER: _ClassVar[int]
+    request_id: str
+    attempt: int
+    migrate_to: HandoffRef
+    def __init__(self, request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., migrate_to: _Optional[_Union[HandoffRef, _Mapping]] = ...) -> None: ...
+
 class RouterHello(_message.Message):
     __slots__ = ("protocol_version", "router_id", "router_incarnation", "worker_incarnation")
     PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
@@ -154,20 +166,22 @@ class Membership(_message.Message):
     def __init__(self, version: _Optional[int] = ..., workers: _Optional[_Iterable[_Union[PeerRef, _Mapping]]] = ...) -> None: ...
 
 class RouterFrame(_message.Message):
-    __slots__ = ("hello", "heartbeat", "membership", "submits", "aborts", "retargets")
+    __slots__ = ("hello", "heartbeat", "membership", "submits", "aborts", "retargets", "migrates")
     HELLO_FIELD_NUMBER: _ClassVar[int]
     HEARTBEAT_FIELD_NUMBER: _ClassVar[int]
     MEMBERSHIP_FIELD_NUMBER: _ClassVar[int]
     SUBMITS_FIELD_NUMBER: _ClassVar[int]
     ABORTS_FIELD_NUMBER: _ClassVar[int]
     RETARGETS_FIELD_NUMBER: _ClassVar[int]
+    MIGRATES_FIELD_NUMBER: _ClassVar[int]
     hello: RouterHello
     heartbeat: int
     membership: Membership
     submits: _containers.RepeatedCompositeFieldContainer[Submit]
     aborts: _containers.RepeatedCompositeFieldContainer[Abort]
     retargets: _containers.RepeatedCompositeFieldContainer[Retarget]
-    def __init__(self, hello: _Optional[_Union[RouterHello, _Mapping]] = ..., heartbeat: _Optional[int] = ..., membership: _Optional[_Union[Membership, _Mapping]] = ..., submits: _Optional[_Iterable[_Union[Submit, _Mapping]]] = ..., aborts: _Optional[_Iterable[_Union[Abort, _Mapping]]] = ..., retargets: _Optional[_Iterable[_Union[Retarget, _Mapping]]] = ...) -> None: ...
+    migrates: _containers.RepeatedCompositeFieldContainer[Migrate]
+    def __init__(self, hello: _Optional[_Union[RouterHello, _Mapping]] = ..., heartbeat: _Optional[int] = ..., membership: _Optional[_Union[Membership, _Mapping]] = ..., submits: _Optional[_Iterable[_Union[Submit, _Mapping]]] = ..., aborts: _Optional[_Iterable[_Union[Abort, _Mapping]]] = ..., retargets: _Optional[_Iterable[_Union[Retarget, _Mapping]]] = ..., migrates: _Optional[_Iterable[_Union[Migrate, _Mapping]]] = ...) -> None: ...
 
 class WorkerAccount(_message.Message):
     __slots__ = ("num_cached_tokens", "queued_s", "prefill_s", "num_preemptions", "num_kv_bytes", "transfer_s", "transfer_exposed_s", "num_held_tokens", "mode", "mode_reason", "num_pulled_tokens", "pull_s", "num_failed_pulls")
@@ -228,6 +242,18 @@ class HandoffRefused(_message.Message):
     attempt: int
     reason: str
     def __init__(self, request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., reason: _Optional[str] = ...) -> None: ...
+
+class MigrationFailed(_message.Message):
+    __slots__ = ("request_id", "attempt", "transfer_id", "reason")
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    ATTEMPT_FIELD_NUMBER: _ClassVar[int]
+    TRANSFER_ID_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    request_id: str
+    attempt: int
+    transfer_id: bytes
+    reason: str
+    def __init__(self, request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., transfer_id: _Optional[bytes] = ..., reason: _Optional[str] = ...) -> None: ...
 
 class WorkerHello(_message.Message):
     __slots__ = ("protocol_version", "worker_id", "incarnation", "role", "model_fingerprint", "pid")
@@ -369,16 +395,28 @@ class WorkerStats(_message.Message):
     pulls: PullStats
     def __init__(self, num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., num_blocks: _Optional[int] = ..., num_free_blocks: _Optional[int] = ..., num_cached_blocks: _Optional[int] = ..., num_held_blocks: _Optional[int] = ..., num_leased_blocks: _Optional[int] = ..., ledger_balanced: _Optional[bool] = ..., num_pending_prefill_tokens: _Optional[int] = ..., prefill_s_per_token: _Optional[float] = ..., warm_links: _Optional[_Iterable[str]] = ..., num_steps: _Optional[int] = ..., transfers: _Optional[_Union[TransferStats, _Mapping]] = ..., num_host_blocks: _Optional[int] = ..., num_cached_host_blocks: _Optional[int] = ..., num_host_loaded_tokens: _Optional[int] = ..., step_moments: _Optional[_Iterable[_Union[StepMoments, _Mapping]]] = ..., prefill_cost: _Optional[_Union[PrefillCost, _Mapping]] = ..., pull_cost: _Optional[_Union[PullCost, _Mapping]] = ..., pulls: _Optional[_Union[PullStats, _Mapping]] = ...) -> None: ...
 
+class LeaveRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class LeaveResponse(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
 class WorkerFrame(_message.Message):
-    __slots__ = ("hello", "heartbeat", "outputs", "refusals", "stats")
+    __slots__ = ("hello", "heartbeat", "outputs", "refusals", "stats", "failed_migrations", "is_leaving")
     HELLO_FIELD_NUMBER: _ClassVar[int]
     HEARTBEAT_FIELD_NUMBER: _ClassVar[int]
     OUTPUTS_FIELD_NUMBER: _ClassVar[int]
     REFUSALS_FIELD_NUMBER: _ClassVar[int]
     STATS_FIELD_NUMBER: _ClassVar[int]
+    FAILED_MIGRATIONS_FIELD_NUMBER: _ClassVar[int]
+    IS_LEAVING_FIELD_NUMBER: _ClassVar[int]
     hello: WorkerHello
     heartbeat: int
     outputs: _containers.RepeatedCompositeFieldContainer[TokenOutput]
     refusals: _containers.RepeatedCompositeFieldContainer[HandoffRefused]
     stats: WorkerStats
-    def __init__(self, hello: _Optional[_Union[WorkerHello, _Mapping]] = ..., heartbeat: _Optional[int] = ..., outputs: _Optional[_Iterable[_Union[TokenOutput, _Mapping]]] = ..., refusals: _Optional[_Iterable[_Union[HandoffRefused, _Mapping]]] = ..., stats: _Optional[_Union[WorkerStats, _Mapping]] = ...) -> None: ...
+    failed_migrations: _containers.RepeatedCompositeFieldContainer[MigrationFailed]
+    is_leaving: bool
+    def __init__(self, hello: _Optional[_Union[WorkerHello, _Mapping]] = ..., heartbeat: _Optional[int] = ..., outputs: _Optional[_Iterable[_Union[TokenOutput, _Mapping]]] = ..., refusals: _Optional[_Iterable[_Union[HandoffRefused, _Mapping]]] = ..., stats: _Optional[_Union[WorkerStats, _Mapping]] = ..., failed_migrations: _Optional[_Iterable[_Union[MigrationFailed, _Mapping]]] = ..., is_leaving: _Optional[bool] = ...) -> None: ...

@@ -39,6 +39,11 @@ class WorkerStub:
                 request_serializer=protos_dot_worker__pb2.RouterFrame.SerializeToString,
                 response_deserializer=protos_dot_worker__pb2.WorkerFrame.FromString,
                 _registered_method=True)
+        self.Leave = channel.unary_unary(
+                '/twinring.v1.Worker/Leave',
+                request_serializer=protos_dot_worker__pb2.LeaveRequest.SerializeToString,
+                response_deserializer=protos_dot_worker__pb2.LeaveResponse.FromString,
+                _registered_method=True)
 
 
 class WorkerServicer:
@@ -52,6 +57,13 @@ class WorkerServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Leave(self, request, context):
+        """As SIGTERM: the worker asks its routers to be drained. Whoever keeps the workers then ends it.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_WorkerServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -59,6 +71,11 @@ def add_WorkerServicer_to_server(servicer, server):
                     servicer.Connect,
                     request_deserializer=protos_dot_worker__pb2.RouterFrame.FromString,
                     response_serializer=protos_dot_worker__pb2.WorkerFrame.SerializeToString,
+            ),
+            'Leave': grpc.unary_unary_rpc_method_handler(
+                    servicer.Leave,
+                    request_deserializer=protos_dot_worker__pb2.LeaveRequest.FromString,
+                    response_serializer=protos_dot_worker__pb2.LeaveResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -88,6 +105,33 @@ class Worker:
             '/twinring.v1.Worker/Connect',
             protos_dot_worker__pb2.RouterFrame.SerializeToString,
             protos_dot_worker__pb2.WorkerFrame.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Leave(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/twinring.v1.Worker/Leave',
+            protos_dot_worker__pb2.LeaveRequest.SerializeToString,
+            protos_dot_worker__pb2.LeaveResponse.FromString,
             options,
             channel_credentials,
             insecure,

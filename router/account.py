@@ -27,6 +27,8 @@ class RequestAccount:
     transfer_exposed_s: float
     num_preemptions: int
     num_moves: int  # from one of the router's queues to another
+    num_migrations: int  # from one decode worker to another
+    migration_pause_s: float  # of all of them: from the last token of the one to the first token of the other
     queued_s: float  # at the router and on the worker that prefills
     pull_s: float  # of it, waiting for pulls, in vain or not
     prefill_s: float

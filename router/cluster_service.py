@@ -1,15 +1,19 @@
-"""The public Cluster service: a read-only view for operators."""
+"""The public Cluster service, for operators: a view of the cluster, and orders to change it."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
 
+import grpc
+
 from protos import inference_pb2 as pb
 from protos.inference_pb2_grpc import ClusterServicer
 from router.calls import Calls
 from router.config import RouterConfig
 from router.grpc_call import authenticate
+from router.orders import Orders
+from router.published_view import Drain, Order, Scale
 from router.router import Router
 from router.status import ClusterStatus
 
@@ -21,6 +25,7 @@ class ClusterService(ClusterServicer):
         calls: Calls,
         router: Router,
         status: ClusterStatus,
+        orders: Orders,
         worker_loads: Callable[[], list[pb.WorkerLoad]],
         model: str,
         version: str,
@@ -29,6 +34,7 @@ class ClusterService(ClusterServicer):
         self._calls = calls
         self._router = router
         self._status = status
+        self._orders = orders
         self._worker_loads = worker_loads
         self._model = model
         self._version = version
@@ -51,3 +57,18 @@ class ClusterService(ClusterServicer):
             workers=self._worker_loads(),
             events=[pb.ClusterEvent(at_unix_s=event.at_unix_s, message=event.message) for event in self._status.events],
         )
+
+    async def Drain(self, message: pb.DrainRequest, context: Any) -> pb.DrainResponse:
+        timeout_s = message.timeout_s if message.HasField("timeout_s") else None
+        await self._place(Drain(message.who, timeout_s, message.replace), context)
+        return pb.DrainResponse()
+
+    async def Scale(self, message: pb.ScaleRequest, context: Any) -> pb.ScaleResponse:
+        await self._place(Scale(tuple(sorted(message.sizes.items()))), context)
+        return pb.ScaleResponse()
+
+    async def _place(self, order: Order, context: Any) -> None:
+        await authenticate(self._calls, context, operators_only=True)
+        refusal = await self._orders.place(order)
+        if refusal:
+            await context.abort(grpc.StatusCode.FAILED_PRECONDITION, refusal)

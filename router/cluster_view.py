@@ -158,8 +158,8 @@ class WorkerView:
 
 
 class ClusterView:
-    """Invariant: the rings and `prefill_worker_ids` name exactly the workers that prefill and are up; every worker that
-    is up stands in one of the rankings, in the place that its load gives it."""
+    """Invariant: the rings and `prefill_worker_ids` name exactly the workers that prefill, are up and take new work;
+    every worker that is up and takes new work stands in one of the rankings, in the place that its load gives it."""
 
     def __init__(self, config: RouterConfig) -> None:
         self._config = config
@@ -167,6 +167,7 @@ class ClusterView:
         self._prefill: Ranking[WorkerView] = Ranking(by_pending)
         self._decode: Ranking[WorkerView] = Ranking(by_room)
         self.workers: dict[str, WorkerView] = {}
+        self.draining: dict[str, WorkerView] = {}  # those of them that take no new work; what they hold may be pulled
         self._decides = KeyDepths(config.key_depth) if config.adapts_key_depth else None
         self._depths = self._decides.table if self._decides else None
         self._follows_depths = False
@@ -190,6 +191,16 @@ class ClusterView:
 
     def remove(self, worker_id: str) -> None:
         view = self.workers.pop(worker_id)
+        self.draining.pop(worker_id, None)
+        self._take_off(view)
+
+    def drain(self, view: WorkerView) -> None:
+        """It is up, and nobody's choice any more."""
+        self.draining[view.worker_id] = view
+        self._take_off(view)
+
+    def _take_off(self, view: WorkerView) -> None:
+        worker_id = view.worker_id
         self._ranking_of(view).remove(worker_id)
         self._changed.pop(worker_id, None)
         self.num_pending_tokens -= self._counted.pop(worker_id, 0)
@@ -203,6 +214,9 @@ class ClusterView:
 
     def is_live(self, view: WorkerView) -> bool:
         return self.workers.get(view.worker_id) is view
+
+    def takes_work(self, worker_id: str) -> bool:
+        return worker_id in self.workers and worker_id not in self.draining
 
     def note_stats(self, view: WorkerView, stats: WorkerStats) -> None:
         num_blocks = stats.num_blocks + stats.num_host_blocks
@@ -285,6 +299,12 @@ class ClusterView:
         is_here = found is not None and found.worker_id in self.workers and found.num_tokens < num_tokens
         return found if is_here else None
 
+    def held_by_leaving(self, links: Sequence[bytes]) -> Answer | None:
+        """The worker on its way out that has the most of this chain: its successors may pull it while it is there."""
+        block = self._config.hash_block_size
+        held = [Answer(one.worker_id, one.prefixes.num_matching(links) * block) for one in self.draining.values()]
+        return max(held, key=lambda one: one.num_tokens, default=None)
+
     def candidate(self, view: WorkerView, links: Sequence[bytes], num_tokens: int) -> Candidate:
         block = self._config.hash_block_size
         # The last token is always computed, so that there is something to sample from: it never counts as cached.
@@ -302,8 +322,8 @@ class ClusterView:
         )
 
     def _rank(self, view: WorkerView) -> None:
-        """One that is no longer up may still change, while its requests leave it."""
-        if self.is_live(view):
+        """One that is no longer up, or drains, may still change, while its requests leave it."""
+        if self.is_live(view) and view.worker_id not in self.draining:
             self._ranking_of(view).put(view.worker_id, view)
             self._count(view)
             if len(view.queue):

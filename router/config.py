@@ -10,6 +10,7 @@ from protos.cost_model import CostModel
 from router.key_depth import KeyDepthConfig
 from router.policies.config import PolicyConfig
 from router.queue_order import QueueOrderName
+from router.relief import ReliefConfig
 from router.tenants import TenantConfig
 
 DecodePolicyName = Literal["most_free_blocks", "peak_room", "held_room"]
@@ -38,6 +39,8 @@ class RouterConfig:
     decode_policy: DecodePolicyName = "most_free_blocks"  # most room now, at the predicted peak, or with KV held there
     num_decode_candidates: int = 4  # decode workers with the most room now that peak_room and held_room choose from
     max_local_prefill_tokens: int = 0  # that a decode worker computes at a time in place of handoffs; 0: none
+    relieves: bool = False  # running decodes move away from workers that are short of memory
+    relief: ReliefConfig = field(default_factory=ReliefConfig)  # when they do, and how many
 
     # Queues of the router, one for each worker that prefills
     dispatch_tokens: int = 1024  # sent to a worker ahead of its work; null: what two steps compute; 0: no limit

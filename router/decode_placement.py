@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from router.cluster_view import ClusterView, WorkerView
 from router.config import RouterConfig
-from router.decode_peak import OutputLengths, peak_tokens
+from router.decode_peak import Decoding, OutputLengths, peak_tokens
 from router.last_places import LastPlaces
 from router.policies.held_room import HeldRoom
 from router.policies.peak_room import PeakRoom
@@ -38,6 +38,10 @@ class DecodePlacement:
     def note_output(self, num_output_tokens: int) -> None:
         """An answer has ended by itself."""
         self._outputs.note(num_output_tokens)
+
+    def num_expected_tokens(self, one: Decoding) -> int:
+        """That it will still add, by the answers that have ended."""
+        return self._outputs.remaining(one.num_generated_tokens, one.num_remaining_tokens)
 
     def note_held(self, view: WorkerView, links: Sequence[bytes]) -> None:
         """A request decodes there, so it has the KV of this chain. What is generated has no links yet."""
@@ -85,6 +89,8 @@ class DecodePlacement:
         view = self._view.workers.get(worker_id) if worker_id else None
         if view is None or view in views or view.worker_id in refused or view.worker_id in self._view.rings.members:
             return []
+        if not self._view.takes_work(view.worker_id):
+            return []
         is_worse = views[0].worker_id in prefill.warm_links and view.worker_id not in prefill.warm_links
         return [] if is_worse else [view]
 
@@ -106,8 +112,7 @@ class DecodePlacement:
         """A request that resumes counts as a new one, but for its limit."""
         requests = [coming]
         for one in self._view.workers[candidate.worker_id].decoding.values():
-            remaining = self._outputs.remaining(one.num_generated_tokens, one.num_remaining_tokens)
-            requests.append((one.num_tokens, remaining))
+            requests.append((one.num_tokens, self.num_expected_tokens(one)))
         return replace(candidate, num_peak_blocks=-(-peak_tokens(requests) // self._block_size))
 
 

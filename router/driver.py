@@ -8,8 +8,9 @@ from dataclasses import replace
 from protos.types import FinishReason
 from router.client_call import ClientCall
 from router.config import RouterConfig
-from router.events import Arrived, ClientCancelled, Deliver, Effect, Event, Fail, Send
+from router.events import Arrived, ClientCancelled, Deliver, Effect, Event, Fail, Send, Tick
 from router.metrics import RouterMetrics
+from router.pool_counts import PoolWatch
 from router.router import Router
 from router.worker_channel import WorkerChannel
 
@@ -29,6 +30,7 @@ class Driver:
     ) -> None:
         self.router = router
         self.channels: dict[str, WorkerChannel] = {}
+        self.pools = PoolWatch(config)
         self._calls: dict[str, ClientCall] = {}
         self._followers: dict[str, list[Arrived]] = {}  # by the request_id of the first choice
         self._config = config
@@ -41,6 +43,8 @@ class Driver:
         effects = self.router.on(event, now)
         if isinstance(event, Arrived):
             self._metrics.routed(self._clock() - now)
+        if isinstance(event, Tick):
+            self.pools.look(self.router.view)
         if self._record is not None:
             self._record(event, now, effects)
         for effect in effects:
@@ -76,6 +80,8 @@ class Driver:
                     self.feed(ClientCancelled(effect.request_id))
                 if isinstance(effect, Deliver):
                     self._metrics.delivered(effect, now)
+                    if effect.account is not None and effect.finish_reason is not FinishReason.ABORT:
+                        self.pools.ended(effect.account.ttft_s, effect.account.tpot_s)
                     self._follow(effect)
                 else:
                     self._metrics.failed(effect)

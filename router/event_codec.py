@@ -48,7 +48,9 @@ def encode_choices(effects: Iterable[Effect]) -> Json:
     for effect in effects:
         if isinstance(effect, Send):
             submits = [_submit(request) for request in effect.submits]
-            choices.append([effect.worker_id, submits, encode(effect.retargets), encode(effect.aborts)])
+            choices.append(
+                [effect.worker_id, submits, encode(effect.retargets), encode(effect.migrates), encode(effect.aborts)]
+            )
         elif isinstance(effect, Fail):
             choices.append([effect.request_id, effect.code, encode(effect.refused_for)])
     return choices

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 
-from protos.types import Abort, FinishReason, GenerateRequest, Logprobs, PeerRef, Retarget, WorkerReport
+from protos.types import Abort, FinishReason, GenerateRequest, Logprobs, Migrate, PeerRef, Retarget, WorkerReport
 from router.account import RequestAccount
 from router.key_depth import DepthSnapshot
 
@@ -57,10 +57,28 @@ class WorkerDown:
 
 
 @dataclass(frozen=True, slots=True)
+class WorkerDraining:
+    """It is to leave when it has finished what it has: nothing new goes there."""
+
+    worker_id: str
+    incarnation: str
+
+
+@dataclass(frozen=True, slots=True)
 class Reported:
     worker_id: str
     incarnation: str
     report: WorkerReport
+
+
+@dataclass(frozen=True, slots=True)
+class MigrationWanted:
+    """A request that decodes is to go on at another worker. Nothing happens where it cannot: it does not decode (yet,
+    or any more), migrates already, or that worker is not up."""
+
+    request_id: str
+    to_worker_id: str
+    reason: str  # goes into the placement of the reply
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +94,17 @@ class Tick:
 
 
 Event = (
-    Arrived | ClientCancelled | AbortRequested | StopMatched | WorkerUp | WorkerDown | Reported | DepthsPublished | Tick
+    Arrived
+    | ClientCancelled
+    | AbortRequested
+    | StopMatched
+    | WorkerUp
+    | WorkerDown
+    | WorkerDraining
+    | Reported
+    | MigrationWanted
+    | DepthsPublished
+    | Tick
 )
 
 # --- effects ------------------------------------------------------------------------------------------------------
@@ -84,12 +112,14 @@ Event = (
 
 @dataclass(frozen=True, slots=True)
 class Send:
-    """To one live worker. A worker takes submits before retargets before aborts, whichever share a frame."""
+    """To one live worker. A worker takes submits before retargets before migrates before aborts, whichever share a
+    frame."""
 
     worker_id: str
     submits: tuple[GenerateRequest, ...] = ()
     retargets: tuple[Retarget, ...] = ()
     aborts: tuple[Abort, ...] = ()
+    migrates: tuple[Migrate, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

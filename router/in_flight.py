@@ -12,6 +12,17 @@ from router.placement import Plan
 
 
 @dataclass(slots=True)
+class Migration:
+    """Of a running decode, from the worker that the plan names."""
+
+    transfer_id: bytes
+    to: WorkerView
+    first_index: int  # so many tokens were committed when it began: what `to` says of earlier ones is from another life
+    reason: str
+    reported_index: int | None = None  # where the tokens of `to` begin, as far as they have come
+
+
+@dataclass(slots=True)
 class Attempt:
     """One try at the rest of a request: tokens from output index `first_index` on."""
 
@@ -21,13 +32,22 @@ class Attempt:
     transfer_id: bytes
     reported: set[str] = field(default_factory=set)  # workers that have sent tokens
     refused: set[str] = field(default_factory=set)  # decode workers that had no room
-    accounts: dict[str, WorkerAccount] = field(default_factory=dict)
+    accounts: dict[tuple[str, int], WorkerAccount] = field(default_factory=dict)  # by worker and life
     queued_s: float = 0.0  # here, before it was sent
+    migration: Migration | None = None  # under way
+    num_migrations: int = 0
+    migration_pause_s: float = 0.0
+    first_decode: WorkerView | None = None  # who decoded before the first migration
+    num_lives: int = 0  # begun by migrations
+    lives: dict[str, int] = field(default_factory=dict)  # the latest one of each worker that it migrated to
+    left_at: dict[str, float] = field(default_factory=dict)  # when a worker was told to forget it
 
     @property
     def workers(self) -> tuple[WorkerView, ...]:
-        """Those that may hold state of this attempt and may report its tokens."""
-        return (self.plan.prefill,) if self.plan.decode is None else (self.plan.prefill, self.plan.decode)
+        """Those that may hold state of this attempt and may report its tokens, each once."""
+        to = self.migration.to if self.migration else None
+        views = (self.plan.prefill, self.plan.decode, to)
+        return tuple(dict.fromkeys(view for view in views if view is not None))
 
     def needs(self, view: WorkerView, num_committed_tokens: int) -> bool:
         """Whether the attempt is lost with this worker. The prefill worker of a handoff can be spared once the decode
@@ -37,6 +57,24 @@ class Attempt:
         return view is self.plan.prefill and not (
             self.plan.decoding_worker.worker_id in self.reported and num_committed_tokens > self.first_index
         )
+
+    def involves(self, view: WorkerView) -> bool:
+        """Whether it is one of `workers`: asked for every report."""
+        is_to = self.migration is not None and self.migration.to is view
+        return is_to or view is self.plan.prefill or view is self.plan.decode
+
+    def begin_life(self, view: WorkerView) -> None:
+        """A migration to a worker begins, maybe not the first one: what it has said is of another life."""
+        self.num_lives += 1
+        self.lives[view.worker_id] = self.num_lives
+        self.reported.discard(view.worker_id)
+
+    def note_account(self, view: WorkerView, account: WorkerAccount) -> None:
+        self.accounts[view.worker_id, self.lives.get(view.worker_id, 0)] = account
+
+    def account_of(self, view: WorkerView) -> WorkerAccount:
+        """Of its first life, which no migration began."""
+        return self.accounts.get((view.worker_id, 0), WorkerAccount())
 
     def handoff_to(self) -> Handoff | None:
         return None if self.plan.decode is None else Handoff(self.transfer_id, self.plan.decode.ref)
@@ -68,7 +106,8 @@ class InFlight:
     @property
     def worker_ids(self) -> tuple[str, ...]:
         """Where its attempt runs: prefill, then decode."""
-        return tuple(view.worker_id for view in self.attempt.workers) if self.attempt else ()
+        plan = self.attempt.plan if self.attempt else None
+        return tuple(view.worker_id for view in (plan.prefill, plan.decode) if view) if plan else ()
 
     @property
     def waits_for_a_worker(self) -> bool:
@@ -113,8 +152,21 @@ class InFlight:
             return_worker_id=attempt.plan.returns_to.worker_id if attempt.plan.returns_to else "",
         )
 
+    def submit_migrating(self, attempt: Attempt, handoff: Handoff, now: float) -> GenerateRequest:
+        """What the destination of a migration receives: with all tokens that are committed, since a commit has the
+        latest ones only. What it generates is brought to where the prompt is at home."""
+        plan = attempt.plan
+        return replace(
+            self.submit(attempt, now),
+            token_ids=self.template.token_ids + self.log.token_ids,
+            handoff_from=handoff,
+            home_worker_ids=(),
+            return_worker_id=(plan.returns_to or plan.prefill).worker_id,
+        )
+
     def account(self, now: float) -> RequestAccount:
         plan = self.attempt.plan if self.attempt else None
+        accounts = self.attempt.accounts.values() if self.attempt else ()
         prefill, decode = self._prefill_account(), self._decode_account()
         mode, mode_reason = self._mode(decode)
         num_tokens = len(self.log) - self.log.num_given_tokens
@@ -133,11 +185,13 @@ class InFlight:
             num_pulled_tokens=prefill.num_pulled_tokens,
             num_failed_pulls=prefill.num_failed_pulls,
             num_held_tokens=decode.num_held_tokens,
-            num_kv_bytes=decode.num_kv_bytes,
-            transfer_s=decode.transfer_s,
-            transfer_exposed_s=decode.transfer_exposed_s,
-            num_preemptions=sum(a.num_preemptions for a in self.attempt.accounts.values()) if self.attempt else 0,
+            num_kv_bytes=sum(each.num_kv_bytes for each in accounts),
+            transfer_s=sum(each.transfer_s for each in accounts),
+            transfer_exposed_s=sum(each.transfer_exposed_s for each in accounts),
+            num_preemptions=sum(each.num_preemptions for each in accounts),
             num_moves=self.num_moves,
+            num_migrations=self.attempt.num_migrations if self.attempt else 0,
+            migration_pause_s=self.attempt.migration_pause_s if self.attempt else 0.0,
             queued_s=prefill.queued_s + (self.attempt.queued_s if self.attempt else 0.0),
             pull_s=prefill.pull_s,
             prefill_s=prefill.prefill_s,
@@ -149,12 +203,12 @@ class InFlight:
     def _prefill_account(self) -> WorkerAccount:
         if self.attempt is None:
             return WorkerAccount()
-        return self.attempt.accounts.get(self.attempt.plan.prefill.worker_id, WorkerAccount())
+        return self.attempt.account_of(self.attempt.plan.prefill)
 
     def _decode_account(self) -> WorkerAccount:
         if self.attempt is None:
             return WorkerAccount()
-        return self.attempt.accounts.get(self.attempt.plan.decoding_worker.worker_id, WorkerAccount())
+        return self.attempt.account_of(self.attempt.first_decode or self.attempt.plan.decoding_worker)
 
     def _mode(self, decode: WorkerAccount) -> tuple[ServingMode | None, str]:
         """As the worker that decoded says; where it ended before saying so, as far as the router knows."""

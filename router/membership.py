@@ -11,7 +11,8 @@ from dataclasses import replace
 from protos.types import PeerRef, WorkerReport
 from router.config import RouterConfig
 from router.driver import Driver
-from router.events import DepthsPublished, Reported, WorkerDown, WorkerUp
+from router.events import DepthsPublished, Reported, WorkerDown, WorkerDraining, WorkerUp
+from router.orders import Orders
 from router.published_view import Lacking, PublishedView, RouterNews
 from router.status import ClusterStatus
 from router.worker_channel import RouterIdentity, WorkerChannel
@@ -31,17 +32,20 @@ class Membership:
         driver: Driver,
         status: ClusterStatus,
         note_event: Callable[[str], None],
+        orders: Orders,
     ) -> None:
         self._config = config
         self._identity = identity
         self._driver = driver
         self._status = status
         self._note_event = note_event
+        self._orders = orders
         self._view = PublishedView()
         self._lacking: dict[PeerRef, Lacking] = {}  # from its loss until it is heard again
         self._tries: dict[PeerRef, asyncio.Task[Lacking | None]] = {}
         self._closing: set[asyncio.Task[None]] = set()  # channels on their way out
-        self._has_news = asyncio.Event()
+        self._leaving: set[PeerRef] = set()  # they have said so themselves
+        self._has_news = orders.has_news
         self._is_closed = False
 
     async def take(self, view: PublishedView) -> tuple[Lacking, ...]:
@@ -51,8 +55,10 @@ class Membership:
             return ()
         former, self._view = self._view, view
         self._leave_others()
+        self._status.set_expected(*view.num_expected)
         for worker in view.workers:
             self._status.note(replace(worker, is_up=self._has_channel(worker.ref)))
+            self._drain(worker.ref)
         if view.depths is not None and view.depths != former.depths:
             self._driver.feed(DepthsPublished(view.depths))
         self._changed()
@@ -75,7 +81,14 @@ class Membership:
             async with asyncio.timeout(NEWS_INTERVAL_S):
                 await self._has_news.wait()
         self._has_news.clear()
-        return RouterNews(tuple(self._lacking.values()), self._driver.router.view.take_observed())
+        return RouterNews(
+            lacking=tuple(self._lacking.values()),
+            leaving=tuple(self._leaving),
+            idle=tuple(ref for ref in self._view.draining if self._is_idle(ref)),
+            observed=self._driver.router.view.take_observed(),
+            orders=self._orders.take(),
+            pools=self._driver.pools.take(),
+        )
 
     async def close(self) -> None:
         """Leaves all workers."""
@@ -105,6 +118,7 @@ class Membership:
         del self._tries[ref]
         self._driver.channels[ref.worker_id] = channel
         self._driver.feed(WorkerUp(ref))
+        self._drain(ref)
         self._status.note_up(ref)
         self._changed()
         channel.send_members(self._view.version, self._view.members)
@@ -115,9 +129,30 @@ class Membership:
         if report.heartbeat and self._lacking.pop(ref, None) is not None:
             self._note_event(f"{ref.worker_id} ({ref.incarnation}) is heard again")
             self._has_news.set()
+        if report.is_leaving and ref not in self._leaving:
+            self._leaving.add(ref)
+            self._has_news.set()
         self._driver.feed(Reported(ref.worker_id, ref.incarnation, report))
 
     # --- going ----------------------------------------------------------------------------------------------------
+
+    def _drain(self, ref: PeerRef) -> None:
+        """Where the view says so; before it is reached, and again, this changes nothing."""
+        if ref in self._view.draining:
+            self._driver.feed(WorkerDraining(ref.worker_id, ref.incarnation))
+
+    def _is_idle(self, ref: PeerRef) -> bool:
+        """No request here needs it, and it has said that it has none, sends no KV and receives none."""
+        router = self._driver.router
+        view = router.view.find(ref.worker_id, ref.incarnation)
+        return view is None or not (
+            router.num_needing(view)
+            or not view.stats.num_blocks
+            or view.stats.num_running
+            or view.stats.num_waiting
+            or view.stats.num_held_blocks
+            or view.stats.num_leased_blocks
+        )
 
     def _leave_others(self) -> None:
         """Than the members."""
@@ -129,6 +164,7 @@ class Membership:
             self._tries.pop(ref).cancel()
         for ref in self._lacking.keys() - members:
             del self._lacking[ref]
+        self._leaving &= members
         for worker_id in self._status.known.keys() - {worker.ref.worker_id for worker in self._view.workers}:
             del self._status.known[worker_id]
 

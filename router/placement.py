@@ -68,7 +68,7 @@ class Planner:
         """None where no worker is up. num_remaining_tokens: how many the request may still generate; beside: where
         another choice of the same call runs."""
         request = self._request(links, num_tokens)
-        if beside and all(worker_id in self._view.workers for worker_id in beside):
+        if beside and all(map(self._view.takes_work, beside)):
             return self._plan_beside(request, beside)
         if not self._view.prefill_workers():
             return self._plan_on_decode_worker(request)
@@ -85,7 +85,7 @@ class Planner:
 
     def plan_again(self, plan: Plan, links: Sequence[bytes], num_tokens: int, num_remaining_tokens: int) -> Plan:
         """Who decodes is chosen when the request is sent: time has passed since it was placed."""
-        is_kept = plan.is_beside and (plan.decode is None or self._view.is_live(plan.decode))
+        is_kept = plan.is_beside and (plan.decode is None or self._view.takes_work(plan.decode.worker_id))
         if is_kept or plan.prefill.worker_id not in self._view.rings.members:
             return plan
         return self._with_decode(plan, links, num_tokens, num_remaining_tokens)
@@ -134,13 +134,14 @@ class Planner:
 
     def _sources(self, request: RequestView, choice: Choice) -> tuple[tuple[str, ...], int]:
         """Whom to pull from, best first, and how many tokens the best is thought to hold: who decoded the answer of the
-        turn before holds that, too, unless it was brought home meanwhile."""
+        turn before holds that, too, unless it was brought home meanwhile; and a home that is on its way out."""
         sources = choice.sources or request.home_pair()
         num_held_tokens = max((request.candidate(one).num_cached_tokens for one in sources), default=0)
-        answer = request.answer()
-        if answer is None or answer.num_tokens <= num_held_tokens or answer.worker_id == choice.worker_id:
-            return sources, num_held_tokens
-        return (answer.worker_id, *(one for one in sources if one != answer.worker_id)), answer.num_tokens
+        for other in (request.held_by_leaving(), request.answer()):
+            if other and other.num_tokens > num_held_tokens and other.worker_id != choice.worker_id:
+                sources = (other.worker_id, *(one for one in sources if one != other.worker_id))
+                num_held_tokens = other.num_tokens
+        return sources, num_held_tokens
 
     def _returns_to(self, request: RequestView, worker_id: str) -> WorkerView | None:
         """Where it runs away from home: the home that lacks least of it."""

@@ -68,6 +68,11 @@ class RequestView:
         found, block = self._view.answer(self.links, self.num_tokens), self._hash_block_size
         return found and Answer(found.worker_id, found.num_tokens // block * block)
 
+    def held_by_leaving(self) -> Answer | None:
+        """Who of those that take no new work any more has most of it; its last token is always computed."""
+        found, block = self._view.held_by_leaving(self.links), self._hash_block_size
+        return found and Answer(found.worker_id, min(found.num_tokens, (self.num_tokens - 1) // block * block))
+
     def ring(self, key: bytes) -> Iterator[str]:
         return self._view.rings.rings[0].walk(key)
 

@@ -122,7 +122,7 @@ def worker_load(worker: KnownWorker, view: WorkerView | None) -> pb.WorkerLoad:
         role=worker.ref.role.value,
         incarnation=worker.ref.incarnation,
         address=worker.ref.address,
-        state="up" if worker.is_up else "down",
+        state=("draining" if worker.is_draining else "up") if worker.is_up else "down",
         pid=worker.pid,
     )
     if view is not None:
@@ -204,6 +204,8 @@ def _placement(account: RequestAccount) -> pb.Placement:
         pulled_tokens=account.num_pulled_tokens,
         failed_pulls=account.num_failed_pulls,
         moves=account.num_moves,
+        migrations=account.num_migrations,
+        migration_pause_s=account.migration_pause_s,
         queued_s=account.queued_s,
         preemptions=account.num_preemptions,
         ttft_s=account.ttft_s,

@@ -5,10 +5,10 @@ queues.py's; text, sockets and clocks are the shell's."""
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import assert_never
 
-from protos.types import Abort, FinishReason, Handoff, HandoffRefused, Logprobs, PeerRef, Retarget, TokenOutput
+from protos.types import Abort, FinishReason, HandoffRefused, Logprobs, PeerRef, TokenOutput
 from router.cluster_view import ClusterView, WorkerView
 from router.commit_log import CommitLog
 from router.config import RouterConfig
@@ -21,29 +21,25 @@ from router.events import (
     Effect,
     Event,
     Fail,
+    MigrationWanted,
     RefusedFor,
     Reported,
     Send,
     StopMatched,
     Tick,
     WorkerDown,
+    WorkerDraining,
     WorkerUp,
 )
+from router.handoffs import Handoffs
 from router.in_flight import Attempt, InFlight
+from router.migrations import Migrations
 from router.placement import Plan, Planner
 from router.queues import Queues, is_sent_at_once
+from router.reliever import Reliever
+from router.statistics import RouterStatistics
 
 RETRY_AFTER_S = 1.0
-
-
-@dataclass(slots=True)
-class RouterStatistics:
-    num_finished: int = 0  # with a last Deliver
-    num_failed: int = 0
-    num_cancelled: int = 0
-    num_failovers: int = 0  # attempts after the first
-    num_rebalanced: int = 0  # moves of queued requests to another worker
-    num_stale_reports: int = 0  # from older attempts, other incarnations or workers, or for finished requests
 
 
 class Router:
@@ -57,6 +53,9 @@ class Router:
         self._config = config
         self.planner = Planner(config, self.view)
         self._queues = Queues(config, self.view, self.planner)
+        self._handoffs = Handoffs(config, self.planner.decode, make_transfer_id)
+        self._migrations = Migrations(config, self.view, self.statistics, make_transfer_id)
+        self._reliever = Reliever(config, self.view, self.planner.decode)
         self._make_transfer_id = make_transfer_id
         self._in_flight: dict[str, InFlight] = {}
         self._by_client_id: dict[tuple[str, str], list[str]] = {}  # (tenant, client's id) -> its choices in flight
@@ -89,14 +88,19 @@ class Router:
                 return self._worker_up(ref, now)
             case WorkerDown():
                 return self._worker_down(event, now)
+            case WorkerDraining():
+                return self._worker_draining(event, now)
             case Reported():
                 return self._reported(event, now)
+            case MigrationWanted(request_id):
+                return self._migrations.start(self._in_flight.get(request_id), event, now)
             case DepthsPublished(depths):
                 self.view.follow(depths)
                 return []
             case Tick():
                 self._rebalance(list(self.view.workers), now)
-                return self._expire_waiting(now)
+                wanted = self._reliever.wanted(self._in_flight.values(), now)
+                return self._expire_waiting(now) + [each for one in wanted for each in self._on(one, now)]
         assert_never(event)
 
     # --- clients --------------------------------------------------------------------------------------------------
@@ -185,18 +189,7 @@ class Router:
         self.view.note_placed(plan.prefill, in_flight.links)
         submit = replace(in_flight.submit(attempt, now), handoff_to=attempt.handoff_to())
         # The decode worker first: it should know of the transfer when the prefill worker offers it.
-        return [*self._place_decode(in_flight, attempt, now), Send(plan.prefill.worker_id, submits=(submit,))]
-
-    def _place_decode(self, in_flight: InFlight, attempt: Attempt, now: float) -> list[Effect]:
-        """Charge the worker that will decode; tell it to expect the KV where that is not the one that prefills."""
-        plan = attempt.plan
-        num_blocks = -(-in_flight.num_tokens // self._config.block_size)
-        plan.decoding_worker.place_to_decode(in_flight.request_id, num_blocks, in_flight)
-        if plan.decode is None:
-            return []
-        handoff = Handoff(attempt.transfer_id, plan.prefill.ref)
-        submit = replace(in_flight.submit(attempt, now), handoff_from=handoff)
-        return [Send(plan.decode.worker_id, submits=(submit,))]
+        return [*self._handoffs.place(in_flight, attempt, now), Send(plan.prefill.worker_id, submits=(submit,))]
 
     def _end_attempt(self, in_flight: InFlight, done: Collection[str] = ()) -> list[Effect]:
         """No worker is to do anything more for it; those in `done` have stopped by themselves."""
@@ -289,13 +282,37 @@ class Router:
         effects: list[Effect] = []
         for in_flight in list(self._in_flight.values()):
             attempt = in_flight.attempt
-            if attempt is not None and attempt.needs(view, len(in_flight.log)):
+            if attempt is not None and attempt.migration is not None and attempt.migration.to is view:
+                effects += self._migrations.cancel(in_flight, attempt, now)
+            elif attempt is not None and attempt.needs(view, len(in_flight.log)):
                 effects += self._fail_over(in_flight, f"worker {event.worker_id} was lost: {event.reason}", now)
-            elif in_flight.queued is not None and in_flight.queued.prefill is view:
+        return effects + self._place_queue_anew(view, now)
+
+    def _worker_draining(self, event: WorkerDraining, now: float) -> list[Effect]:
+        """What was sent there goes on; what only waits for it goes elsewhere at once."""
+        view = self.view.find(event.worker_id, event.incarnation)
+        if view is None or not self.view.takes_work(event.worker_id):
+            return []
+        self.view.drain(view)
+        return self._place_queue_anew(view, now)
+
+    def _place_queue_anew(self, view: WorkerView, now: float) -> list[Effect]:
+        effects: list[Effect] = []
+        for in_flight in list(self._in_flight.values()):
+            if in_flight.queued is not None and in_flight.queued.prefill is view:
                 self._queues.leave(in_flight)
                 in_flight.waiting_since = now
                 effects += self._dispatch(in_flight, now)
         return effects
+
+    def num_needing(self, view: WorkerView) -> int:
+        """Requests that its loss would cost an attempt, or a place in a queue."""
+        found = 0
+        for in_flight in self._in_flight.values():
+            attempt, queued = in_flight.attempt, in_flight.queued
+            is_queued = queued is not None and queued.prefill is view
+            found += is_queued or (attempt is not None and attempt.needs(view, len(in_flight.log)))
+        return found
 
     def _reported(self, event: Reported, now: float) -> list[Effect]:
         view = self.view.find(event.worker_id, event.incarnation)
@@ -310,13 +327,16 @@ class Router:
             effects += self._output(view, output, now)
         for refusal in report.refusals:
             effects += self._refused(view, refusal, now)
+        for failed in report.failed_migrations:
+            if (current := self._current(view, failed.request_id, failed.attempt)) is not None:
+                effects += self._migrations.failed(*current, failed, now)
         return effects
 
     def _current(self, view: WorkerView, request_id: str, number: int) -> tuple[InFlight, Attempt] | None:
         """The attempt that a report speaks of, if it is the current one and this worker is part of it."""
         in_flight = self._in_flight.get(request_id)
         attempt = in_flight.attempt if in_flight else None
-        if in_flight and attempt and attempt.number == number and view in attempt.workers:
+        if in_flight and attempt and attempt.number == number and attempt.involves(view):
             return in_flight, attempt
         self.statistics.num_stale_reports += 1
         return None
@@ -326,12 +346,16 @@ class Router:
         if current is None:
             return []
         in_flight, attempt = current
+        if attempt.migration is not None and attempt.migration.to is view:
+            ended = self._migrations.heard(in_flight, attempt, output, now)
+            if ended is not None:
+                return ended
         if output.finish_reason is FinishReason.ERROR:
             return self._fail(in_flight, "INTERNAL", f"worker {view.worker_id}: {output.error}")
         if output.finish_reason is FinishReason.ABORT:
             return self._fail_over(in_flight, f"worker {view.worker_id} gave it up: {output.error}", now)
         if output.account is not None:
-            attempt.accounts[view.worker_id] = output.account
+            attempt.note_account(view, output.account)
         if view is attempt.plan.decoding_worker and view.worker_id not in attempt.reported:
             self.planner.decode.note_held(view, in_flight.links)
         attempt.reported.add(view.worker_id)
@@ -340,12 +364,12 @@ class Router:
 
     def _commit(self, in_flight: InFlight, view: WorkerView, output: TokenOutput, now: float) -> list[Effect]:
         taken = in_flight.log.take(output.index, output.token_ids, output.finish_reason, output.logprobs)
+        effects = self._migrations.settle(in_flight, now)
         if taken.token_ids:
             in_flight.note_tokens(now)
         finish_reason = in_flight.log.finish_reason
         if in_flight.log.is_complete and finish_reason is not None and not taken.conflict:
-            return self._finish(in_flight, finish_reason, taken.token_ids, now, taken.logprobs)
-        effects: list[Effect] = []
+            return effects + self._finish(in_flight, finish_reason, taken.token_ids, now, taken.logprobs)
         if taken.token_ids:
             first_index = len(in_flight.log) - len(taken.token_ids)
             deliver = Deliver(in_flight.request_id, first_index, taken.token_ids, in_flight.num_cached_tokens)
@@ -355,32 +379,11 @@ class Router:
         return effects
 
     def _refused(self, view: WorkerView, refusal: HandoffRefused, now: float) -> list[Effect]:
-        """The decode worker has no room. The prefill worker keeps the KV until it hears where to go."""
         current = self._current(view, refusal.request_id, refusal.attempt)
-        if current is None:
-            return []
-        in_flight, attempt = current
-        refusing = attempt.plan.decode
-        if refusing is None or view is not attempt.plan.prefill or refusing.worker_id in attempt.reported:
+        effects = self._handoffs.refused(*current, view, refusal, now) if current else []
+        if effects is None:
             self.statistics.num_stale_reports += 1
-            return []
-        abort = Send(refusing.worker_id, aborts=(Abort(in_flight.request_id, attempt.number),))
-        refusing.note_refused(in_flight.request_id)
-        attempt.refused.add(refusing.worker_id)
-        return [abort, *self._retarget(in_flight, attempt, f"{refusing.worker_id} refused: {refusal.reason}", now)]
-
-    def _retarget(self, in_flight: InFlight, attempt: Attempt, reason: str, now: float) -> list[Effect]:
-        """To another decode worker; where every one has refused, the prefill worker decodes."""
-        prefill = attempt.plan.prefill
-        chosen = self.planner.decode.choose(
-            prefill, in_flight.links, in_flight.num_tokens, in_flight.num_remaining_tokens, attempt.refused
-        )
-        decode, decode_reason = chosen or (None, "no other decode worker is left")
-        attempt.plan = replace(attempt.plan, decode=decode, decode_reason=f"{decode_reason}; {reason}")
-        attempt.transfer_id = self._make_transfer_id()
-        submit = self._place_decode(in_flight, attempt, now)
-        retarget = Retarget(in_flight.request_id, attempt.number, attempt.handoff_to())
-        return [*submit, Send(prefill.worker_id, retargets=(retarget,))]
+        return effects or []
 
     # --- time -----------------------------------------------------------------------------------------------------
 

@@ -26,7 +26,8 @@ from router.http_app import HttpApp
 from router.http_server import HttpServer
 from router.membership import Membership
 from router.metrics import RouterMetrics
-from router.published_view import Lacking, PublishedView, RouterNews
+from router.orders import Orders
+from router.published_view import Drain, Lacking, PublishedView, RouterNews
 from router.recording import EventRecorder
 from router.responses import worker_load
 from router.router import Router
@@ -60,12 +61,13 @@ class RouterServer:
         record = self._recorder.record if self._recorder else None
         self._driver = Driver(router, config, metrics, time.monotonic, record)
         identity = RouterIdentity(router_id, uuid.uuid4().hex, served.model_fingerprint)
-        self._membership = Membership(config, identity, self._driver, self._status, self.note_event)
+        self._orders = Orders()
+        self._membership = Membership(config, identity, self._driver, self._status, self.note_event, self._orders)
         version = _version()
         self._calls = Calls(config, served, self._driver, self._status, metrics, self._unavailable)
         self._front_door = FrontDoor(config, served, self._calls, self._worker_loads, version)
         self._cluster = ClusterService(
-            config, self._calls, router, self._status, self._worker_loads, served.name, version
+            config, self._calls, router, self._status, self._orders, self._worker_loads, served.name, version
         )
         app = HttpApp(config, served, self._calls, router, self._status, metrics, self._cannot_serve, version)
         self._http = HttpServer(app.asgi, config)
@@ -75,6 +77,7 @@ class RouterServer:
         self._ticker: asyncio.Task[None] | None = None
         self._was_ready = asyncio.Event()
         self._is_stopping = False
+        self._loop: asyncio.AbstractEventLoop | None = None
 
     # --- start and stop -------------------------------------------------------------------------------------------
 
@@ -98,7 +101,7 @@ class RouterServer:
             self.http_port = await self._http.start()
         await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
         await server.start()
-        self._server = server
+        self._server, self._loop = server, asyncio.get_running_loop()
         self._ticker = asyncio.create_task(self._tick())
         self._ticker.add_done_callback(_log_bug)
         return port
@@ -120,6 +123,12 @@ class RouterServer:
         if self._recorder is not None:
             self._recorder.close()
 
+    def leave(self) -> None:
+        """Called on any thread: have this router drained, and another one put in its place, as an operator might."""
+        assert self._loop is not None, "it has not started"
+        order = self._orders.place(Drain(self._status.router_id, replaces=True))
+        asyncio.run_coroutine_threadsafe(order, self._loop)
+
     # --- workers --------------------------------------------------------------------------------------------------
 
     async def take(self, view: PublishedView) -> tuple[Lacking, ...]:
@@ -130,8 +139,9 @@ class RouterServer:
         """What the publisher of views must hear."""
         return await self._membership.news()
 
-    def set_expected(self, num_prefill: int, num_decode: int) -> None:
-        self._status.set_expected(num_prefill, num_decode)
+    def answer(self, order_id: int, refusal: str) -> None:
+        """To an order that news() has told of; empty: it is carried out."""
+        self._orders.answer(order_id, refusal)
 
     def note_event(self, message: str) -> None:
         self._status.events.append(StatusEvent(time.time(), message))

@@ -88,6 +88,7 @@ def _worker(known: KnownWorker, view: ClusterView) -> Json:
         "role": known.ref.role.value,
         "incarnation": known.ref.incarnation,
         "is_up": known.is_up,
+        "is_draining": known.is_draining,
         **(_load(live) if live is not None else {}),
     }
 

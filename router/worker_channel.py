@@ -87,6 +87,7 @@ class WorkerChannel:
         self._rest = replace(
             self._rest,
             retargets=self._rest.retargets + send.retargets,
+            migrates=self._rest.migrates + send.migrates,
             aborts=self._rest.aborts + send.aborts,
         )
         self._wake.set()
@@ -172,7 +173,7 @@ class WorkerChannel:
             return
 
     def _next_command(self) -> RouterCommand:
-        """Submits up to a frame's worth; retargets and aborts only behind the last of them, since they may mean one."""
+        """Submits up to a frame's worth; all else only behind the last of them, since they may mean one."""
         submits: list[GenerateRequest] = []
         num_tokens = 0
         while self._submits and (not submits or num_tokens + len(self._submits[0].token_ids) <= MAX_FRAME_TOKENS):

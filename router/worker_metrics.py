@@ -116,6 +116,10 @@ class ClusterCollector(Collector):
         yield CounterMetricFamily("twinring_failovers", "Attempts after the first.", statistics.num_failovers)
         text = "Queued requests moved to another worker."
         yield CounterMetricFamily("twinring_rebalanced", text, statistics.num_rebalanced)
+        text = "Moves of running decodes to another worker."
+        yield CounterMetricFamily("twinring_migrations", text, statistics.num_migrations)
+        text = "Moves of running decodes that failed: they stayed where they were."
+        yield CounterMetricFamily("twinring_failed_migrations", text, statistics.num_failed_migrations)
         text = "Reports for an attempt, a worker's life or a request that is over."
         yield CounterMetricFamily("twinring_stale_reports", text, statistics.num_stale_reports)
 

@@ -20,11 +20,18 @@ SEVERAL = re.compile(r"(prefill|decode)\*(\d+)")
 NAME = re.compile(r"(prefill|decode)-\d+")
 
 
-def changes_of(joins: Sequence[str], leaves: Sequence[str], fails: Sequence[str], setup: Setup) -> tuple[Change, ...]:
+def changes_of(
+    joins: Sequence[str], leaves: Sequence[str], drains: Sequence[str], fails: Sequence[str], setup: Setup
+) -> tuple[Change, ...]:
     """By time. ValueError names the option, what was written, and why it cannot be."""
     written = [
         (_seconds(kind, text), kind, text)
-        for kind, texts in ((ChangeKind.LEAVE, leaves), (ChangeKind.FAIL, fails), (ChangeKind.JOIN, joins))
+        for kind, texts in (
+            (ChangeKind.LEAVE, leaves),
+            (ChangeKind.DRAIN, drains),
+            (ChangeKind.FAIL, fails),
+            (ChangeKind.JOIN, joins),
+        )
         for text in texts
     ]
     workers = _Workers(setup)

@@ -8,8 +8,8 @@ from dataclasses import replace
 from itertools import count
 
 from engine.kv_cache_manager import Ledger
-from protos.types import FinishReason, PeerRef, Role, WorkerReport
-from router.events import Deliver, Event, Fail, Reported, Send, Tick, WorkerDown, WorkerUp
+from protos.types import FinishReason, PeerRef, Role, TransferStats, WorkerReport
+from router.events import Deliver, Event, Fail, Reported, Send, Tick, WorkerDown, WorkerDraining, WorkerUp
 from router.router import Router
 from simulator.arrivals import FrontDoor
 from simulator.clock import Clock
@@ -155,6 +155,8 @@ class SimulatedCluster:
     def _change(self, change: Change) -> None:
         if change.kind is ChangeKind.JOIN:
             self._join(change.worker_id, change.role)
+        elif change.kind is ChangeKind.DRAIN:
+            self._drain(change)
         else:
             self._leave(change)
 
@@ -168,6 +170,23 @@ class SimulatedCluster:
         self._feed(WorkerUp(me))
         for each in self._hosts.values():  # the others have a link to it now
             self._report_stats_of(each)
+
+    def _drain(self, change: Change) -> None:
+        host = self._hosts.get(change.worker_id)
+        if host is None:
+            raise ValueError(f"worker {change.worker_id} is not up when it is to drain")
+        self._feed(WorkerDraining(change.worker_id, host.me.incarnation))
+        self._leave_when_idle(change, host)
+
+    def _leave_when_idle(self, change: Change, host: SimulatedHost) -> None:
+        """It may fail before."""
+        if self._hosts.get(change.worker_id) is not host:
+            return
+        view, ledger = self.router.view.find(change.worker_id, host.me.incarnation), host.engine.core.ledger()
+        if view is None or not (self.router.num_needing(view) or ledger.held or ledger.leased):
+            self._leave(change)
+        else:
+            self.clock.after(self.setup.tick_s, self._leave_when_idle, change, host)
 
     def _leave(self, change: Change) -> None:
         worker_id, is_silent = change.worker_id, change.kind is ChangeKind.FAIL
@@ -225,7 +244,8 @@ class SimulatedCluster:
         """One that only decodes opens no links."""
         opens_links = host.me.role is Role.PREFILL and not self.setup.is_colocated
         links = [worker_id for worker_id, peer in self._hosts.items() if peer.me.role is Role.DECODE]
-        stats = replace(host.engine.stats(), warm_links=tuple(links) if opens_links else ())
+        transfers = TransferStats(block_nbytes=self.setup.block_nbytes)
+        stats = replace(host.engine.stats(), warm_links=tuple(links) if opens_links else (), transfers=transfers)
         self._report(host, WorkerReport(stats=stats))
 
     def _sample_load(self) -> None:

@@ -43,6 +43,7 @@ def simulate(
     set_: Annotated[list[str] | None, typer.Option("--set", help="E.g. router.rebalances=true.")] = None,
     join: Annotated[list[str] | None, typer.Option(help="In mid-run: 60:prefill*4, at 60 s.")] = None,
     leave: Annotated[list[str] | None, typer.Option(help="120:prefill-3; workers are prefill-0.., decode-0...")] = None,
+    drain: Annotated[list[str] | None, typer.Option(help="Likewise; they finish what they have first.")] = None,
     fail: Annotated[list[str] | None, typer.Option(help="Silently: 60:prefill-2,prefill-5.")] = None,
     window: Annotated[
         float | None, typer.Option(help="Seconds of arrivals per point of the share in SLO over time.")
@@ -82,6 +83,7 @@ def simulate(
         settings=tuple(set_ or ()),
         joins=tuple(join or ()),
         leaves=tuple(leave or ()),
+        drains=tuple(drain or ()),
         fails=tuple(fail or ()),
         window_s=window,
         skips_bad_lines=skip_bad_lines,

@@ -26,9 +26,10 @@ from engine.events import (
     Submitted,
 )
 from engine.worker_core import WorkerCore
-from protos.types import HandoffRefused, PeerRef, Role, TokenOutput, WorkerReport
+from protos.types import HandoffRefused, MigrationFailed, PeerRef, Role, TokenOutput, WorkerReport
 from router.events import Send
 from simulator.arrivals import HASH_KEY, MODEL
+from simulator.horizons import Horizons
 from simulator.host_link import HostLink
 from simulator.setup import Setup
 from simulator.transfers import Links, TransferAgent
@@ -59,7 +60,7 @@ class SimulatedHost:
         self.core = WorkerCore(scheduler, setup.num_blocks, HASH_KEY, MODEL, me.worker_id, new_pull_id)
         # One that only prefills hands over after its first token: a step of its own must not make more.
         fast_forwards = setup.fast_forwards and (setup.is_colocated or me.role is Role.DECODE)
-        horizons = setup.horizons if fast_forwards else None
+        horizons = Horizons(setup) if fast_forwards else None
         cost = setup.hardware.cost
         self.engine = SimulatedWorker(self.core, scheduler, cost, self._clock, self._deliver, horizons)
         self.transfers = TransferAgent(me, links, self.engine.post)
@@ -67,7 +68,7 @@ class SimulatedHost:
 
     def take(self, send: Send) -> None:
         """From the router, in this order."""
-        self.engine.post(*map(Submitted, send.submits), *send.retargets, *send.aborts)
+        self.engine.post(*map(Submitted, send.submits), *send.retargets, *send.migrates, *send.aborts)
 
     def stop(self) -> None:
         self.engine.stop()
@@ -76,16 +77,17 @@ class SimulatedHost:
     def _deliver(self, effects: Sequence[Effect]) -> None:
         outputs = tuple(effect for effect in effects if isinstance(effect, TokenOutput))
         refusals = tuple(effect for effect in effects if isinstance(effect, HandoffRefused))
-        if outputs or refusals:
-            self._report(self, WorkerReport(outputs=outputs, refusals=refusals))
-        if len(outputs) + len(refusals) < len(effects):
+        failed = tuple(effect for effect in effects if isinstance(effect, MigrationFailed))
+        if outputs or refusals or failed:
+            self._report(self, WorkerReport(outputs=outputs, refusals=refusals, failed_migrations=failed))
+        if len(outputs) + len(refusals) + len(failed) < len(effects):
             for effect in effects:
                 self._do(effect)
 
     def _do(self, effect: Effect) -> None:
         match effect:
-            case OpenTransfer(handoff, request_id, attempt, num_blocks):
-                self.transfers.open(handoff.transfer_id, handoff.peer, request_id, attempt, num_blocks)
+            case OpenTransfer(handoff, request_id, attempt, num_blocks, kind):
+                self.transfers.open(handoff.transfer_id, handoff.peer, request_id, attempt, num_blocks, kind)
             case SendBlocks(transfer_id, first_block, block_ids):
                 self.transfers.send_blocks(transfer_id, first_block, block_ids)
             case CommitTransfer(transfer_id, first_index, token_ids):
@@ -93,7 +95,7 @@ class SimulatedHost:
             case AbortTransfer(transfer_id, reason):
                 self.transfers.abort(transfer_id, reason)
             case ExpectTransfer(handoff, request_id, attempt):
-                self.transfers.expect(handoff.transfer_id, handoff.peer, request_id, attempt)
+                self.transfers.expect(handoff.transfer_id, handoff.peer, request_id, attempt, handoff.kind)
             case GrantTransfer(transfer_id, num_held_blocks, block_ids):
                 self.transfers.grant(transfer_id, num_held_blocks, block_ids)
             case RefuseTransfer(transfer_id, reason):
@@ -115,7 +117,7 @@ class SimulatedHost:
         if source is None:
             self._clock.after(0.0, self.engine.post, PullRefused(pull.pull_id, "it is not there"))
             return
-        self.transfers.expect(pull.pull_id, source.me, pull.request_id, pull.attempt)
+        self.transfers.expect(pull.pull_id, source.me, pull.request_id, pull.attempt, pull.kind)
         asked = PullRequested(pull.pull_id, self.me, pull.request_id, pull.attempt, pull.block_hashes, pull.kind)
         self._clock.after(self._message_s, source.asked_for_pull, asked)
 

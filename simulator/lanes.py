@@ -13,6 +13,7 @@ from simulator.clock import Clock
 from simulator.network import Network
 
 OnGathered = Callable[[bytes, int], None]  # transfer_id, seq
+OnSent = Callable[[bytes, int], None]  # transfer_id, num_bytes
 OnPosted = Callable[[bytes, int, int, int], None]  # transfer_id, seq, number, num_bytes
 OnArrived = Callable[[int], None]  # number
 OnEnded = Callable[[bytes, int], None]  # transfer_id, seq
@@ -33,17 +34,24 @@ class SourceLane:
     others belong to one chunk each, from before its gather until it was sent or dropped."""
 
     def __init__(
-        self, clock: Clock, num_slots: int, gather_s_per_byte: float, on_gathered: OnGathered, put: Callable[..., None]
+        self,
+        clock: Clock,
+        num_slots: int,
+        gather_s_per_byte: float,
+        on_gathered: OnGathered,
+        on_sent: OnSent,
+        put: Callable[..., None],
     ) -> None:
         """put(num_bytes, on_done): bytes onto the link, one operation at a time."""
         self._clock = clock
         self._num_free = num_slots
         self._gather_s_per_byte = gather_s_per_byte
         self._on_gathered = on_gathered
+        self._on_sent = on_sent
         self._put = put
         self._waiting: deque[_Chunk] = deque()
         self._chunks: dict[tuple[bytes, int], _Chunk] = {}  # not yet handed to the wire
-        self._wire: deque[tuple[int, bool, OnArrived, int]] = deque()  # head is under way
+        self._wire: deque[tuple[int, _Chunk | None, OnArrived, int]] = deque()  # head is under way
         self.is_lost = False
 
     def gather(self, transfer_id: bytes, seq: int, num_bytes: int) -> None:
@@ -55,10 +63,10 @@ class SourceLane:
     def send(self, transfer_id: bytes, seq: int, number: int, on_arrived: OnArrived) -> None:
         chunk = self._chunks.pop((transfer_id, seq))
         assert chunk.is_staged
-        self._enqueue(number, True, on_arrived, chunk.num_bytes)
+        self._enqueue(number, chunk, on_arrived, chunk.num_bytes)
 
     def send_filler(self, number: int, num_bytes: int, on_arrived: OnArrived) -> None:
-        self._enqueue(number, False, on_arrived, num_bytes)
+        self._enqueue(number, None, on_arrived, num_bytes)
 
     def cancel(self, transfer_id: bytes) -> list[int]:
         """Drop what is not on the wire. Answers the chunks whose gather has not begun and never will."""
@@ -93,19 +101,21 @@ class SourceLane:
         self._num_free += 1
         self._fill_slots()
 
-    def _enqueue(self, number: int, has_slot: bool, on_arrived: OnArrived, num_bytes: int) -> None:
-        self._wire.append((number, has_slot, on_arrived, num_bytes))
+    def _enqueue(self, number: int, chunk: _Chunk | None, on_arrived: OnArrived, num_bytes: int) -> None:
+        """chunk: None for filler, which has no slot."""
+        self._wire.append((number, chunk, on_arrived, num_bytes))
         if len(self._wire) == 1:
             self._put(num_bytes, self._sent)
 
     def _sent(self) -> None:
         if self.is_lost:
             return
-        number, has_slot, on_arrived, _ = self._wire.popleft()
+        number, chunk, on_arrived, _ = self._wire.popleft()
         if self._wire:
             self._put(self._wire[0][3], self._sent)
-        if has_slot:
+        if chunk is not None:
             self._free()
+            self._on_sent(chunk.transfer_id, chunk.num_bytes)
         on_arrived(number)
 
 

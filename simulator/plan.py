@@ -67,6 +67,7 @@ class Plan:
     settings: Sequence[str]
     joins: Sequence[str]
     leaves: Sequence[str]
+    drains: Sequence[str]
     fails: Sequence[str]
     window_s: float | None
     skips_bad_lines: bool
@@ -181,7 +182,7 @@ def setup_of(plan: Plan) -> Setup:
     dispatch_tokens = plan.dispatch_tokens
     if dispatch_tokens is None:
         dispatch_tokens = NUM_STEP_BUDGETS * setup.scheduler.max_num_batched_tokens
-    changes = changes_of(plan.joins, plan.leaves, plan.fails, setup)
+    changes = changes_of(plan.joins, plan.leaves, plan.drains, plan.fails, setup)
     return replace(setup, router=replace(setup.router, dispatch_tokens=dispatch_tokens), changes=changes)
 
 

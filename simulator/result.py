@@ -9,7 +9,7 @@ from enum import StrEnum
 from itertools import pairwise
 from statistics import fmean, pstdev
 
-from router.router import RouterStatistics
+from router.statistics import RouterStatistics
 from simulator.setup import Setup
 
 

@@ -46,6 +46,7 @@ def default_transfer() -> TransferConfig:
 class ChangeKind(StrEnum):
     JOIN = "join"
     LEAVE = "leave"  # told to the router at once
+    DRAIN = "drain"  # likewise; it finishes what it has first
     FAIL = "fail"  # silent: the router learns of it when the lease runs out, peers when their streams fall silent
 
 
@@ -125,14 +126,6 @@ class Setup:
     def lease_s(self, change: Change) -> float:
         """How long the router takes a worker for alive that is not."""
         return self.router.lease_s if change.kind is ChangeKind.FAIL else 0.0
-
-    @property
-    def horizons(self) -> tuple[float, ...]:
-        """Instants at which it matters which tokens have been made, or have come to the router: when a worker goes, and
-        when the router hears of it."""
-        gone = [change for change in self.changes if change.kind is not ChangeKind.JOIN]
-        heard = [change.at_s + self.lease_s(change) - self.message_s for change in gone]
-        return tuple(sorted([*(change.at_s for change in gone), *(c.at_s - self.message_s for c in gone), *heard]))
 
     @property
     def num_blocks(self) -> int:

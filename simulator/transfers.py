@@ -9,6 +9,7 @@ from collections.abc import Callable
 from functools import partial
 
 from engine.events import (
+    BlocksSent,
     Event,
     TransferArrived,
     TransferClosed,
@@ -41,15 +42,17 @@ from kvtransfer.source_transfer import (
     Opened,
     ReportClosed,
     ReportRefused,
+    ReportSent,
     SendChunk,
     SendFiller,
+    Sent,
     SourceEffect,
     SourceEvent,
     SourceState,
     SourceTransfer,
 )
 from kvtransfer.transfer import AbortAsked, CancelWork, LinkLost, Received, Tell, Tick
-from protos.types import PeerRef, TransferFailure
+from protos.types import PeerRef, TransferFailure, TransferKind
 from simulator.clock import Clock
 from simulator.lanes import DestinationLane, SourceLane, put_on
 from simulator.network import Network
@@ -131,13 +134,15 @@ class TransferAgent:
 
     # --- what the host asks for: source -------------------------------------------------------------------------------
 
-    def open(self, transfer_id: bytes, peer: PeerRef, request_id: str, attempt: int, num_blocks: int) -> None:
+    def open(
+        self, transfer_id: bytes, peer: PeerRef, request_id: str, attempt: int, num_blocks: int, kind: TransferKind
+    ) -> None:
         if peer.incarnation in self._gone or peer.incarnation not in self._links.agents:
             self._links.num_lost[TransferFailure.NO_LINK] += 1
             self._post(TransferRefused(transfer_id, f"no warm link to {peer.worker_id}"))
             return
         stamp = Stamp(transfer_id, attempt, self._me.incarnation, peer.incarnation)
-        transfer = SourceTransfer(stamp, request_id, num_blocks, self._block_nbytes, self._config)
+        transfer = SourceTransfer(stamp, request_id, num_blocks, self._block_nbytes, self._config, kind)
         self._sources[transfer_id] = transfer
         self._apply_source(transfer, Opened())
 
@@ -151,9 +156,9 @@ class TransferAgent:
 
     # --- what the host asks for: destination, both --------------------------------------------------------------------
 
-    def expect(self, transfer_id: bytes, source: PeerRef, request_id: str, attempt: int) -> None:
+    def expect(self, transfer_id: bytes, source: PeerRef, request_id: str, attempt: int, kind: TransferKind) -> None:
         stamp = Stamp(transfer_id, attempt, source.incarnation, self._me.incarnation)
-        self._apply_destination(self._destination(stamp, request_id), Announced(stamp, request_id))
+        self._apply_destination(self._destination(stamp, request_id, kind), Announced(stamp, request_id, kind))
 
     def grant(self, transfer_id: bytes, num_held_blocks: int, block_ids: tuple[int, ...]) -> None:
         if (transfer := self._destinations.get(transfer_id)) is not None:
@@ -181,7 +186,8 @@ class TransferAgent:
         if isinstance(message, Accept | Refuse | Ready) or message.stamp.source_incarnation == self._me.incarnation:
             self._take_as_source(sender, message)
         elif isinstance(message, Offer):
-            self._apply_destination(self._destination(message.stamp, message.request_id), Received(message))
+            offered = self._destination(message.stamp, message.request_id, message.kind)
+            self._apply_destination(offered, Received(message))
         elif (transfer := self._destinations.get(message.stamp.transfer_id)) is not None:
             self._apply_destination(transfer, Received(message))
         elif isinstance(message, Chunk | Commit):
@@ -222,13 +228,15 @@ class TransferAgent:
             case CancelWork():
                 for seq in self._lane_to(peer).cancel(transfer_id):
                     self._apply_source(transfer, GatherCancelled(seq))
+            case ReportSent(num_blocks=num_blocks):
+                self._post(BlocksSent(transfer_id, num_blocks))
             case ReportRefused(reason=reason, failure=failure):
                 self._links.num_lost[failure] += 1
                 self._post(TransferRefused(transfer_id, reason))
             case ReportClosed(failure=failure):
                 if failure is not None:
                     self._links.num_lost[failure] += 1
-                self._post(TransferClosed(transfer_id))
+                self._post(TransferClosed(transfer_id, failure))
 
     def _on_landed(self, peer: str) -> Callable[[int], None]:
         return partial(self._links.landed, self._me.incarnation, peer)
@@ -238,19 +246,29 @@ class TransferAgent:
             setup = self._links.setup
             put = put_on(self._links.network, self._me.incarnation, peer)
             self._outgoing[peer] = SourceLane(
-                self._clock, self._config.num_staging_chunks, setup.gather_s_per_byte, self._on_gathered, put
+                self._clock,
+                self._config.num_staging_chunks,
+                setup.gather_s_per_byte,
+                self._on_gathered,
+                self._on_sent,
+                put,
             )
         return self._outgoing[peer]
 
     def _on_gathered(self, transfer_id: bytes, seq: int) -> None:
         self._apply_source(self._sources[transfer_id], Gathered(seq, checksum=0))
 
+    def _on_sent(self, transfer_id: bytes, num_bytes: int) -> None:
+        transfer = self._sources.get(transfer_id)
+        if transfer is not None and transfer.kind is TransferKind.MIGRATE:  # others are not interested
+            self._apply_source(transfer, Sent(num_bytes // self._block_nbytes))
+
     # --- carrying out: destination ------------------------------------------------------------------------------------
 
-    def _destination(self, stamp: Stamp, request_id: str) -> DestinationTransfer:
+    def _destination(self, stamp: Stamp, request_id: str, kind: TransferKind) -> DestinationTransfer:
         transfer = self._destinations.get(stamp.transfer_id)
         if transfer is None:
-            transfer = DestinationTransfer(stamp, request_id, self._block_nbytes, self._config)
+            transfer = DestinationTransfer(stamp, request_id, self._block_nbytes, self._config, kind)
             self._destinations[stamp.transfer_id] = transfer
         return transfer
 
@@ -332,4 +350,5 @@ def _arrival(transfer_id: bytes, arrived: ReportArrived) -> TransferArrived:
         arrived.num_bytes,
         arrived.transfer_s,
         arrived.exposed_s,
+        arrived.num_blocks,
     )

@@ -3,7 +3,6 @@ model says. Decides nothing about requests or blocks. The live counterpart is en
 
 from __future__ import annotations
 
-import math
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
 
@@ -15,6 +14,7 @@ from engine.worker_core import WorkerCore
 from protos.cost_model import CostModel
 from protos.types import WorkerStats
 from simulator.clock import STEP_END, Clock, Entry
+from simulator.horizons import Horizons
 from simulator.requests import MAX_TOKEN_ID
 
 # Generated ids lie in [FIRST_OUTPUT_ID, 2 ** 31), those of prompts below.
@@ -40,9 +40,9 @@ class SimulatedWorker:
         cost: CostModel,
         clock: Clock,
         deliver: Callable[[Sequence[Effect]], None],
-        horizons: Sequence[float] | None,
+        horizons: Horizons | None,
     ) -> None:
-        """horizons: instants, in order, that no step of several tokens goes beyond; None: there are no such steps.
+        """horizons: that no step of several tokens goes beyond; None: there are no such steps.
         `deliver` must not call `post`: what comes back from outside comes later, if only by nothing."""
         self.core = core
         self.busy_s = 0.0  # in steps that are over
@@ -52,8 +52,7 @@ class SimulatedWorker:
         self._cost = cost
         self._clock = clock
         self._deliver = deliver
-        self._fast_forwards = horizons is not None
-        self._horizons = horizons or ()
+        self._horizons = horizons
         self._output: SchedulerOutput | None = None
         self._in_last_step: set[str] = set()
         self._started_at = 0.0
@@ -127,9 +126,9 @@ class SimulatedWorker:
         work = work_of(output.scheduled)
         time = self._clock.now + work.step_s(self._cost)
         times = [time]
-        if self._may_stand_for_several(output) and not work.chunks:
+        if self._horizons is not None and self._may_stand_for_several(output) and not work.chunks:
             num_kv_tokens = work.num_kv_tokens
-            horizon = next((each for each in self._horizons if each > self._clock.now), math.inf)
+            horizon = self._horizons.after(self._clock.now)
             for _ in range(min(MAX_TOKENS_AT_ONCE, *map(self._num_foreseeable, output.scheduled)) - 1):
                 num_kv_tokens += work.num_seqs
                 time += self._cost.step_s((), work.num_seqs, num_kv_tokens)
@@ -141,7 +140,7 @@ class SimulatedWorker:
     def _may_stand_for_several(self, output: SchedulerOutput) -> bool:
         """Where a request has left, the next step may have others in it although nothing happens in between."""
         before, self._in_last_step = self._in_last_step, {each.request_id for each in output.scheduled}
-        return self._fast_forwards and not output.preempted_request_ids and before <= self._in_last_step
+        return not output.preempted_request_ids and before <= self._in_last_step
 
     def _num_foreseeable(self, scheduled: ScheduledRequest) -> int:
         """Tokens that the request gets before it says its first word, ends, or needs another block."""

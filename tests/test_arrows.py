@@ -34,14 +34,14 @@ SHELLS: dict[str, str] = {
         memory_link outgoing_peer peer_channel segment shared_memory_link source_lane source_side staging transport
         transports""",
     "router": """call_writer calls client_call cluster_service driver front_door grpc_call http_app http_requests
-        http_server link_metrics membership metrics openai.api prompts pull_metrics reply
+        http_server link_metrics membership metrics openai.api orders prompts pull_metrics reply
         responses server tls worker_channel worker_metrics""",
     "prefill_worker": "actor",
     "decode_worker": "actor",
     "simulator": "command runs",
     "bench": "load.client load.command load.probe load.runner",
     "cluster": """actors aio_client cli client client_messages demo fit ray_call ray_cluster ray_node router_handle
-        routers scrape serve show supervisor""",
+        routers scrape serve show sigterm supervisor wait_for""",
 }
 SHELL_MODULES = {f"{folder}.{name}" for folder, names in SHELLS.items() for name in names.split()}
 

@@ -35,6 +35,7 @@
   "worker_port" 7001
   "tenants_file" "/etc/twinring-tenants/tenants.yaml"
   "drain_timeout_s" (int .Values.router.drainTimeoutSeconds)
+  "worker_drain_timeout_s" (max (int .Values.prefill.drainTimeoutSeconds) (int .Values.decode.drainTimeoutSeconds))
   "engine" $engine
   "router" $router
   "ray" $ray

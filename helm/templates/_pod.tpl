@@ -73,11 +73,21 @@ securityContext:
 {{- end }}
 resources:
   {{- toYaml $resources | nindent 2 }}
-{{- with .values.preStop }}
+{{- with include "twinring.preStop" . }}
 lifecycle:
   preStop:
-    {{- toYaml . | nindent 4 }}
+    {{- . | nindent 4 }}
 {{- end }}
+{{- end -}}
+
+{{/* A worker asks to be drained before its pod is told to end; one that is not there yet has nothing to drain. */}}
+{{- define "twinring.preStop" -}}
+{{- if .values.preStop -}}
+{{- toYaml .values.preStop -}}
+{{- else if has .role (list "prefill" "decode") -}}
+exec:
+  command: [sh, -c, 'twinring drain "$POD_IP:7001" --timeout {{ .values.drainTimeoutSeconds }}']
+{{- end -}}
 {{- end -}}
 
 {{- define "twinring.env" -}}
@@ -99,8 +109,8 @@ lifecycle:
 - name: RAY_USAGE_STATS_ENABLED
   value: "0"
 {{- if has .role (list "prefill" "decode") }}
-- name: RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S
-  value: {{ .values.drainTimeoutSeconds | quote }}
+- name: RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S # preStop has drained the worker before
+  value: "1"
 {{- end }}
 {{- with .values.extraEnv }}
 {{ toYaml . }}

@@ -90,6 +90,7 @@ function wordsOf(worker) {
   if (!worker.is_up || !blocks) return { isUp: false, busyWords: "down", moreWords: "not serving" };
   const busyWords = isDense() ? worker.num_running + worker.num_waiting || "" : `${worker.num_running} running`;
   const more = [`KV ${percent(blocks.held + blocks.leased, blocks.total)} in use`];
+  if (worker.is_draining) more.push("draining");
   if (worker.num_waiting) more.push(`${worker.num_waiting} waiting`);
   if (worker.num_pending_tokens) more.push(`${count(worker.num_pending_tokens)} tokens to prefill`);
   return { isUp: true, busyWords, moreWords: more.join(" · ") };

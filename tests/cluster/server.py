@@ -30,11 +30,11 @@ PATIENT = ("lease.lease_s=6.0", "transfer.silence_timeout_s=6.0", "transfer.chun
 class Server:
     """One serving process and its children."""
 
-    def __init__(self, arguments: list[str], log: Path) -> None:
+    def __init__(self, arguments: list[str], log: Path, program: tuple[str, ...] = ("cluster.cli",)) -> None:
         self.log = log
         with log.open("wb") as output:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "cluster.cli", "serve", *LISTEN, *arguments],
+                [sys.executable, "-m", *program, "serve", *LISTEN, *arguments],
                 stdout=output,
                 stderr=subprocess.STDOUT,
             )
@@ -73,10 +73,15 @@ class Server:
 
 
 @contextlib.contextmanager
-def serving(folder: Path, *arguments: str, settings: tuple[str, ...] = PATIENT) -> Iterator[Server]:
+def serving(
+    folder: Path,
+    *arguments: str,
+    settings: tuple[str, ...] = PATIENT,
+    program: tuple[str, ...] = ("cluster.cli",),
+) -> Iterator[Server]:
     """A ready server; after the block every ledger must balance with nothing held, and every process must be gone."""
     options = [option for setting in settings for option in ("--set", setting)]
-    server = Server([*arguments, *options], folder / "serve.log")
+    server = Server([*arguments, *options], folder / "serve.log", program)
     try:
         server.wait_ready()
         yield server

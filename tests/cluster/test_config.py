@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from cluster.config import DEMO_MODEL, load_config
-from cluster.supervisor import worker_slots
+from cluster.pools import worker_slots
 from cluster.tenants import FILE_VARIABLE, TOKENS_VARIABLE, hash_of
 from engine.config import PullConfig
 from protos.cost_model import HARDWARE

@@ -10,9 +10,8 @@ from pathlib import Path
 import grpc.aio
 import pytest
 
-from protos import inference_pb2 as pb
-from tests.cluster.server import PATIENT, Server, assert_clean, eventually, request, serving
-from tests.cluster.streams import Answer, generate
+from tests.cluster.load import REQUESTS, Load, undisturbed
+from tests.cluster.server import PATIENT, Server, assert_clean, eventually, serving
 from tests.tiny_models import save_tiny_model
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
@@ -24,30 +23,6 @@ SETTINGS = (
 )
 GUESTS = ("prefill-1", "decode-1")
 NUM_ROUNDS = 3
-NUM_CLIENTS = 6
-NUM_TOKENS = 60
-REQUESTS = [request([i, *range(40, 240)], NUM_TOKENS, ignore_eos=True) for i in range(12)]
-
-
-class Load:
-    """Clients that ask again as soon as they are answered, until `stopped` is set. Any failure ends them with it."""
-
-    def __init__(self) -> None:
-        self.stopped = asyncio.Event()
-        self.answers: list[tuple[int, Answer]] = []
-
-    async def run(self, channel: grpc.aio.Channel) -> None:
-        await asyncio.gather(*(self._ask(channel, client) for client in range(NUM_CLIENTS)))
-
-    def workers(self, first: int) -> set[str]:
-        """Who took part in the answers from the first on."""
-        placements = [answer.placement for _, answer in self.answers[first:]]
-        return {place for one in placements for place in (one.prefill_worker, one.decode_worker)}
-
-    async def _ask(self, channel: grpc.aio.Channel, number: int) -> None:
-        while not self.stopped.is_set():
-            number = (number + 1) % len(REQUESTS)
-            self.answers.append((number, await generate(channel, REQUESTS[number])))
 
 
 def pids_of_guests(server: Server) -> dict[str, int]:
@@ -72,10 +47,6 @@ def come_and_go(server: Server, load: Load) -> None:
         num_answers = len(load.answers)
         # They have had work again before they leave.
         assert eventually(lambda n=num_answers: load.workers(n).issuperset(GUESTS), 30.0)  # type: ignore[misc]
-
-
-async def undisturbed(channel: grpc.aio.Channel, requests: list[pb.GenerateRequest]) -> list[list[int]]:
-    return [answer.token_ids for answer in await asyncio.gather(*(generate(channel, one) for one in requests))]
 
 
 async def test_members_come_and_go_and_nobody_notices(tmp_path: Path) -> None:

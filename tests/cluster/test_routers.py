@@ -1,5 +1,4 @@
-"""Two routers that share a view, over real gRPC in one process: workers are fakes, and a router's death is played by
-its handle. Real processes die in test_two_routers.py."""
+"""Two routers that share a view, over real gRPC in one process, while workers and routers come and go."""
 
 from __future__ import annotations
 
@@ -12,103 +11,14 @@ import pytest
 
 from cluster.aio_client import AsyncClient
 from cluster.client import Client
-from cluster.client_types import CallFailed, RetryPolicy, Route, Sampling
-from cluster.router_handle import LocalRouter, RouterAddress, RouterLost
-from cluster.routers import Routers, router_configs
-from protos.types import PeerRef
-from router.config import RouterConfig
+from cluster.client_types import CallFailed, RetryPolicy, Sampling
+from cluster.routers import router_configs
 from router.key_depth import KeyDepthConfig
-from router.published_view import RouterNews
-from tests.router.conftest import CONFIG, SERVED, eventually
-from tests.router.fake_worker import Fabric, FakeWorker
+from tests.cluster.routers_of_fakes import Cluster, homes
+from tests.router.conftest import CONFIG, eventually
+from tests.router.fake_worker import FakeWorker
 
-PROMPTS = [f"{number:03} is a prompt of its own" for number in range(60)]
 ADAPTS = replace(CONFIG, adapts_key_depth=True, key_depth=KeyDepthConfig(window=20, hot_share=0.5, cold_share=0.25))
-
-
-class MortalRouter(LocalRouter):
-    """Its process may die: its connections break, and whoever waits for it hears of that."""
-
-    def __init__(self, router_id: str, config: RouterConfig) -> None:
-        super().__init__(router_id, config, SERVED)
-        self.death = asyncio.Event()
-
-    async def news(self) -> RouterNews:
-        hearing, dying = asyncio.create_task(super().news()), asyncio.create_task(self.death.wait())
-        await asyncio.wait({hearing, dying}, return_when=asyncio.FIRST_COMPLETED)
-        for task in (hearing, dying):
-            task.cancel()
-        if self.death.is_set():
-            raise RouterLost(f"{self.router_id} has ended")
-        return hearing.result()
-
-    async def die(self) -> None:
-        await self.stop(0.0)
-        self.death.set()
-
-
-class Cluster:
-    def __init__(self, config: RouterConfig) -> None:
-        self.made: dict[str, list[MortalRouter]] = {}
-        self.lost: list[PeerRef] = []
-        self.workers: dict[str, FakeWorker] = {}
-        self.fabric = Fabric()
-        self.routers = Routers(
-            router_configs(config, 2), self.make, lambda ref, reason: self.lost.append(ref), lambda who, what: None
-        )
-        self.addresses: list[RouterAddress] = []
-        self.clients: list[AsyncClient] = []
-
-    def make(self, router_id: str, config: RouterConfig) -> MortalRouter:
-        self.made.setdefault(router_id, []).append(MortalRouter(router_id, config))
-        return self.made[router_id][-1]
-
-    async def start(self, *worker_ids: str) -> None:
-        num_prefill = sum(worker_id.startswith("p") for worker_id in worker_ids)
-        self.addresses = await self.routers.start(num_prefill, len(worker_ids) - num_prefill)
-        self.clients = [AsyncClient(address.grpc) for address in self.addresses]
-        for worker_id in worker_ids:
-            await self.add(worker_id)
-        await self.routers.wait_ready(10)
-
-    async def add(self, worker_id: str, incarnation: str = "1") -> None:
-        self.workers[worker_id] = FakeWorker(worker_id, self.fabric, incarnation)
-        self.workers[worker_id].warm_links = ("d-0",)
-        await self.routers.add_worker(await self.workers[worker_id].start(), pid=0)
-
-    async def stop(self) -> None:
-        for client in self.clients:
-            await client.close()
-        await self.routers.stop(0)
-        for worker in self.workers.values():
-            await worker.kill()
-
-    async def views(self) -> tuple[int, int]:
-        one, other = [(await client.status()).view_version for client in self.clients]
-        return one, other
-
-    async def until_views(self, *versions: int) -> None:
-        async with asyncio.timeout(10):
-            while await self.views() != versions:  # noqa: ASYNC110 (what is waited for has no event)
-                await asyncio.sleep(0.02)
-
-    async def same_view(self, at_least: int) -> int:
-        async with asyncio.timeout(10):
-            while True:
-                one, other = await self.views()
-                if one == other >= at_least:
-                    return one
-                await asyncio.sleep(0.02)
-
-    async def pairs(self) -> list[set[str]]:
-        """The home pairs of PROMPTS, the same at both routers."""
-        version = await self.same_view(1)
-        routes = [await asyncio.gather(*(client.explain_route(one) for one in PROMPTS)) for client in self.clients]
-        assert {route.view_version for each in routes for route in each} == {version}
-        one, other = ([homes(route) for route in each] for each in routes)
-        assert one == other
-        assert all(len(pair) == 2 for pair in one)
-        return one
 
 
 def ask_all(addresses: list[str]) -> None:
@@ -121,10 +31,6 @@ def ask_all(addresses: list[str]) -> None:
             client.abort("nobody's")
     with Client(addresses[1:]) as client:
         assert not client.abort("nobody's")
-
-
-def homes(route: Route) -> set[str]:
-    return {candidate.worker_id for candidate in route.prefill_candidates if candidate.is_home}
 
 
 @pytest.fixture

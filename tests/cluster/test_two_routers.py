@@ -159,6 +159,24 @@ async def test_the_requests_of_a_dead_router_leave_the_workers_within_three_seco
     same_view(server, 1)
 
 
+async def test_a_router_that_is_sent_sigterm_finishes_its_streams_and_comes_back(server: Server) -> None:
+    version = same_view(server, 1)
+    first, second = server.addresses
+    former = router_process(server, "router-1")
+    async with AsyncClient([second, first]) as client, AsyncClient(second, AT_ONCE) as newcomer:
+        stream = client.stream("to be finished", LONG)
+        await anext(stream)
+        former.send_signal(signal.SIGTERM)
+        assert await asyncio.to_thread(eventually, lambda: len(statuses(server)) == 1, 5.0), "it takes no more calls"
+        with pytest.raises(CallFailed, match="UNAVAILABLE"):
+            await newcomer.generate("hello", Sampling(max_tokens=3))
+        completion = [chunk async for chunk in stream][-1].completion
+    assert completion is not None
+    assert (len(completion.token_ids), completion.num_resumes) == (1500, 0)
+    assert eventually(lambda: not former.is_running() and len(statuses(server)) == 2, 60.0)
+    assert same_view(server, version) == version, "no worker missed it"
+
+
 def is_idle(server: Server) -> bool:
     """By what the workers tell the router that lives."""
     with Client(server.addresses[0]) as client:

@@ -15,6 +15,7 @@ from zlib import crc32
 from engine.config import HostTierConfig, PullConfig, SchedulerConfig
 from engine.events import (
     AbortTransfer,
+    BlocksSent,
     CommitTransfer,
     Copied,
     CopyBlocks,
@@ -41,6 +42,7 @@ from protos.types import (
     Role,
     SamplingParams,
     TokenOutput,
+    TransferKind,
 )
 
 KEY = b"k" * 16
@@ -271,6 +273,7 @@ class FakeTransfer:
     asked_source: bool = False
     pull_refusal: str | None = None
     opened: OpenTransfer | None = None
+    told: int | None = None  # how many blocks the source of a migration was last told it has sent
     offered: bool = False
     grant: GrantTransfer | None = None
     blocks: list[int] = field(default_factory=list)  # sent so far, in order
@@ -281,10 +284,23 @@ class FakeTransfer:
     closed: bool = False  # the source was told TransferClosed or TransferRefused
     ended: bool = False  # the destination was told TransferArrived or TransferLost
 
+    @property
+    def migrates(self) -> bool:
+        return self.opened is not None and self.opened.kind is TransferKind.MIGRATE
+
     def copy(self) -> None:
+        """What was sent: of a migration, maybe less than was granted."""
         assert self.grant is not None
-        for source_block, block in zip(self.blocks[self.grant.num_held_blocks :], self.grant.block_ids, strict=True):
+        written = self.blocks[self.grant.num_held_blocks :]
+        for source_block, block in zip(written, self.grant.block_ids, strict=not self.migrates):
             self.destination.kv[block] = list(self.source.row(source_block))
+
+    def news(self, transfer_id: bytes) -> BlocksSent | None:
+        """For the source of a migration, where there are any."""
+        if self.grant is None or not self.migrates or self.closed or self.commit or self.told == len(self.blocks):
+            return None
+        self.told = len(self.blocks)
+        return BlocksSent(transfer_id, max(self.told, self.grant.num_held_blocks))
 
 
 class FakeNetwork:
@@ -308,7 +324,9 @@ class FakeNetwork:
                     transfer.blocks += block_ids
                 case CommitTransfer(transfer_id):
                     transfer = self.transfers[transfer_id]
-                    assert transfer.opened and transfer.opened.num_blocks == len(transfer.blocks)
+                    assert transfer.opened
+                    num_offered, num_blocks = transfer.opened.num_blocks, len(transfer.blocks)
+                    assert num_blocks <= num_offered if transfer.migrates else num_blocks == num_offered
                     transfer.commit = effect
                 case GrantTransfer(transfer_id):
                     self.transfers[transfer_id].grant = effect

@@ -118,8 +118,8 @@ def test_a_grant_pins_what_is_here_and_adopting_makes_it_the_table() -> None:
     held = list(manager.block_table(first))
     manager.free(first)
     each = request(10)
-    assert manager.grant(b"t", each, num_spare_blocks=2) is None
-    num_held, to_write = manager.grant(b"t", each, num_spare_blocks=1) or (0, [])
+    assert manager.grant(b"t", each, 3, 10, num_spare_blocks=2) is None
+    num_held, to_write = manager.grant(b"t", each, 3, 10, num_spare_blocks=1) or (0, [])
     assert (num_held, len(to_write)) == (2, 1)
     assert (manager.ledger().leased, manager.ledger().free) == (3, 1)
     manager.adopt(each, b"t")
@@ -131,7 +131,7 @@ def test_a_grant_pins_what_is_here_and_adopting_makes_it_the_table() -> None:
 def test_a_grant_may_hold_the_whole_prompt() -> None:
     manager, first = make(), request(8)
     compute(manager, first, 8)
-    assert manager.grant(b"t", request(8), 0) == (2, [])
+    assert manager.grant(b"t", request(8), 2, 8, 0) == (2, [])
 
 
 def test_the_ledger_notices_a_block_lost_and_a_block_used_twice() -> None:

@@ -162,6 +162,31 @@ async def test_members_are_passed_on(workplace: Workplace) -> None:
         assert workplace.transfers.members == [(3, (workplace.me,))]
 
 
+async def test_a_worker_that_is_to_end_tells_every_router_at_once_and_goes_on(workplace: Workplace) -> None:
+    async with grpc.aio.insecure_channel(workplace.me.address) as channel:
+
+        async def connected() -> object:
+            stream = pb_grpc.WorkerStub(channel).Connect()
+            await stream.write(hello())
+            await stream.read()
+            return stream
+
+        async def until_told(stream: object) -> None:
+            while not (await asyncio.wait_for(stream.read(), 5.0)).is_leaving:  # type: ignore[attr-defined]
+                pass
+
+        here_before = await connected()
+        report = codec.report_from_proto(await asyncio.wait_for(here_before.read(), 5.0))  # type: ignore[attr-defined]
+        assert not report.is_leaving
+        await pb_grpc.WorkerStub(channel).Leave(pb.LeaveRequest(), timeout=5.0)
+        comes_later = await connected()
+        await until_told(here_before)
+        await until_told(comes_later)
+        await here_before.write(codec.command_to_proto(RouterCommand(submits=(a_request("r", 3),))))  # type: ignore[attr-defined]
+        assert len(await next_outputs(here_before, 3)) > 0
+        assert workplace.ended == []
+
+
 async def test_a_router_that_leaves_takes_its_requests_along(workplace: Workplace) -> None:
     workplace.step_s = 0.005
     async with grpc.aio.insecure_channel(workplace.me.address) as channel:
@@ -329,7 +354,7 @@ async def test_a_pull_takes_nobodys_request_along(workplace: Workplace, kind: Tr
         pull_id = b"p" * 16
         workplace.host.deliver([OpenTransfer(Handoff(pull_id, workplace.me), "r", 1, 1, kind)])
         await asyncio.sleep(0)
-        workplace.host.on_closed(pull_id)
+        workplace.host.on_closed(pull_id, None)
         outputs = await next_outputs(stream, 19)
     assert workplace.transfers.opened == [(pull_id, kind)]
     assert outputs[-1].finish_reason is FinishReason.LENGTH

@@ -229,13 +229,16 @@ class Case:
             return
         source, destination = self.rng.sample(self.members, 2)
         hashes = hashes_of(request, self.rng.randint(1, 5))
-        kind = self.rng.choice((TransferKind.HANDOFF, TransferKind.PULL, TransferKind.RETURN))
+        kind = self.rng.choice(tuple(TransferKind))
         if self.rng.random() < 0.2:
             self._hold_a_prefix(destination, hashes)
         if kind is TransferKind.HANDOFF:
             by_role = {life.role: life for life in self.rng.sample(self.members, len(self.members))}
             if len(by_role) == 2:
                 self.hand_over(by_role[Role.PREFILL], by_role[Role.DECODE], request, attempt, hashes)
+            return
+        if kind is TransferKind.MIGRATE:
+            self.hand_over(source, destination, request, attempt, hashes, kind)
             return
         if (ids := source.host.compute(hashes)) is None:
             return
@@ -249,31 +252,45 @@ class Case:
         if ids := life.host.compute(hashes[: self.rng.randint(1, len(hashes))]):
             life.host.pool.release(ids)
 
-    def hand_over(self, source: Life, destination: Life, request: str, attempt: int, hashes: tuple[bytes, ...]) -> None:
-        rng = self.rng
+    def hand_over(
+        self,
+        source: Life,
+        destination: Life,
+        request: str,
+        attempt: int,
+        hashes: tuple[bytes, ...],
+        kind: TransferKind = TransferKind.HANDOFF,
+    ) -> None:
+        """Or migrate: then with room to grow, and nothing is sent before it is granted."""
+        rng, migrates = self.rng, kind is TransferKind.MIGRATE
         if (ids := source.host.compute(hashes)) is None:
             return
         transfer_id, tokens = rng.randbytes(16), (rng.randrange(100),) * rng.randrange(3)
-        announced = Expecting(request, attempt, hashes, tokens, TransferKind.HANDOFF)
+        announced = Expecting(request, attempt, hashes, tokens, kind)
+        num_offered = len(ids) + (rng.randrange(3) if migrates else 0)
 
         def expect() -> None:
             if destination.is_closed:
                 return
             destination.host.expect(transfer_id, announced)
-            destination.agent.expect(transfer_id, source.ref(destination), request, attempt)
+            destination.agent.expect(transfer_id, source.ref(destination), request, attempt, kind)
 
         def offer() -> None:
             if source.is_closed:
                 source.host.pool.release(ids)
                 return
             source.host.lend(transfer_id, ids)
-            source.agent.open(transfer_id, destination.ref(source), request, attempt, len(ids))
-            self._compute_on(source, transfer_id, tuple(ids), 0, tokens)
+            compute = partial(self._compute_on, source, transfer_id, tuple(ids), 0, tokens)
+            if migrates:
+                source.host.when_granted[transfer_id] = compute
+            source.agent.open(transfer_id, destination.ref(source), request, attempt, num_offered, kind)
+            if not migrates:
+                compute()
 
         for what in (expect, offer):
             self._begin_later(rng.choice((0.0, 0.0, 0.002, 0.1, self.plan.manners.lateness_s)), what)
         if attempt == 1 and rng.random() < 0.3:
-            self._begin_later(0.4, self.hand_over, source, destination, request, 2, hashes)
+            self._begin_later(0.4, self.hand_over, source, destination, request, 2, hashes, kind)
 
     def _compute_on(
         self, source: Life, transfer_id: bytes, ids: tuple[int, ...], start: int, tokens: tuple[int, ...]

@@ -3,7 +3,7 @@ or half of a block, is seen; whoever reads or writes a block that is not leased 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from random import Random
@@ -13,7 +13,7 @@ import torch
 from engine.block_pool import BlockPool
 from kvtransfer.agent import TransferAgent
 from protos.block_hash import DIGEST_SIZE
-from protos.types import KVLayout, PeerRef, TransferKind
+from protos.types import KVLayout, PeerRef, TransferFailure, TransferKind
 from tests.kvtransfer.virtual_time import Turns
 
 LAYOUT = KVLayout("fuzzed", "float32", 1, 1, 4, 1, 1)  # 32 bytes a block
@@ -115,6 +115,7 @@ class FuzzHost:
         self.pool = BlockPool(NUM_BLOCKS)
         self.sending: dict[bytes, Sending] = {}
         self.expecting: dict[bytes, Expecting] = {}
+        self.when_granted: dict[bytes, Callable[[], None]] = {}  # what the source of a migration does then
         self.num_arrived = 0
         self._rng = rng
         self._manners = manners
@@ -156,7 +157,11 @@ class FuzzHost:
     def on_refused(self, transfer_id: bytes, reason: str) -> None:
         self._end_sending(transfer_id, "refused")
 
-    def on_closed(self, transfer_id: bytes) -> None:
+    def on_sent(self, transfer_id: bytes, num_blocks: int) -> None:
+        if (begin := self.when_granted.pop(transfer_id, None)) is not None:
+            begin()
+
+    def on_closed(self, transfer_id: bytes, failure: TransferFailure | None) -> None:
         self._end_sending(transfer_id, "closed")
 
     def _end_sending(self, transfer_id: bytes, end: str) -> None:
@@ -231,7 +236,13 @@ class FuzzHost:
         if one.end:
             return
         asked = len(one.block_hashes)
-        fits = 0 < num_blocks <= asked if one.kind is not TransferKind.HANDOFF else num_blocks == asked
+        match one.kind:
+            case TransferKind.HANDOFF:
+                fits = num_blocks == asked
+            case TransferKind.MIGRATE:
+                fits = asked <= num_blocks <= NUM_BLOCKS
+            case _:
+                fits = 0 < num_blocks <= asked
         if not fits or self._rng.random() < self._manners.refuses:
             self._refuse(transfer_id, one)
             return
@@ -256,13 +267,17 @@ class FuzzHost:
         num_bytes: int,
         transfer_s: float,
         exposed_s: float,
+        num_blocks: int,
     ) -> None:
         one = self.expecting[transfer_id]
         self._end_expecting(transfer_id, "arrived")
         self.num_arrived += 1
         ids = [*one.held_ids, *one.block_ids]
         self._check(token_ids == one.token_ids and first_index == len(token_ids), f"{token_ids} were committed: {one}")
-        self._check(num_bytes == len(one.block_ids) * LAYOUT.block_nbytes, f"{num_bytes} bytes arrived: {one}")
+        migrates = one.kind is TransferKind.MIGRATE
+        self._check(num_blocks == (len(one.block_hashes) if migrates else len(ids)), f"{num_blocks} blocks: {one}")
+        num_written = num_blocks - one.num_held
+        self._check(num_bytes == num_written * LAYOUT.block_nbytes, f"{num_bytes} bytes arrived: {one}")
         for block_id, block_hash in zip(ids, one.block_hashes, strict=False):
             self._check(is_same(self.store.pool[block_id], content_of(block_hash)), f"other KV than that of {one}")
         for block_id, block_hash in zip(one.block_ids, one.block_hashes[one.num_held :], strict=False):

@@ -42,7 +42,7 @@ _PING = encode(Ping())
 _FAR = (0, 1, 2, 7, 1 << 31, (1 << 63) - 1, 1 << 63, (1 << 64) - 1)
 _OF_HANDSHAKE = (Hello, Challenge, Proof, HelloRefused, LinkOffer)
 # Of these a peer's word is all there is: who it is must be known by other means, and that it does not lie, by none.
-_TAKEN_ON_TRUST = {(Commit, "first_index"), (Commit, "token_ids")}
+_TAKEN_ON_TRUST = {(Commit, "first_index"), (Commit, "token_ids"), (Commit, "num_blocks")}
 
 
 @dataclass(frozen=True)
@@ -138,7 +138,7 @@ class SeededWeather:
             )  # fmt: skip
         return rng.choice(
             (Offer(stamp, rng.choice(list(TransferKind)), "forged", number), Chunk(stamp, 0, 0, 1, 32, number),
-             Commit(stamp, 3, (6, 6, 6)), Abort(stamp, "forged"))
+             Commit(stamp, 3, (6, 6, 6), 1), Abort(stamp, "forged"))
         )  # fmt: skip
 
 

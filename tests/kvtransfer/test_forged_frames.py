@@ -92,7 +92,7 @@ async def raw() -> AsyncIterator[RawPeer]:
 
 
 async def test_chunks_and_commits_of_unknown_transfers_are_refused_and_counted(raw: RawPeer) -> None:
-    for number, forged in enumerate((Chunk(raw.stamp(), 0, 0, 1, 1024, 0), Commit(raw.stamp(), 0, (1,))), start=1):
+    for number, forged in enumerate((Chunk(raw.stamp(), 0, 0, 1, 1024, 0), Commit(raw.stamp(), 0, (1,), 1)), start=1):
         await raw.say(forged)
         assert await raw.hear() == Abort(forged.stamp, "unknown transfer")
         assert raw.destination.agent.counters.num_unknown_transfers == number
@@ -109,7 +109,7 @@ async def test_messages_of_another_life_or_attempt_are_refused_and_counted(raw: 
     await raw.say(Offer(raw.stamp(transfer_id), TransferKind.HANDOFF, "r", 1))
     await raw.hear()  # accepted
     of_another_attempt = raw.stamp(transfer_id, attempt=2)
-    await raw.say(Commit(of_another_attempt, 0, (1,)))
+    await raw.say(Commit(of_another_attempt, 0, (1,), 1))
     assert await raw.hear() == Abort(of_another_attempt, "another attempt")
     assert raw.destination.agent.counters.num_stale_messages == 2
     assert raw.destination.host.ends(transfer_id) == []
@@ -124,7 +124,7 @@ async def test_what_only_a_destination_says_is_ignored(raw: RawPeer) -> None:
     await raw.hear()  # accepted
     for wrong_way in (Ack(stamp), Ready(stamp, 0, 0, 1024), Refuse(stamp, "no")):
         await raw.say(wrong_way)
-    await raw.say(Commit(stamp, 0, (1,)))  # without its chunk
+    await raw.say(Commit(stamp, 0, (1,), 1))  # without its chunk
     await asyncio.sleep(0.1)
     assert raw.destination.host.ends(transfer_id) == []
     await raw.say(Abort(stamp, "enough"))

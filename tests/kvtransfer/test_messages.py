@@ -55,7 +55,7 @@ MESSAGES: list[Message] = [
     Refuse(STAMP, "no room"),
     Chunk(STAMP, 1, 4, 2, 2048, 2**64 - 1),
     Ready(STAMP, 1, 77, 2048),
-    Commit(STAMP, 12, (1, 2, 3)),
+    Commit(STAMP, 12, (1, 2, 3), 4),
     Ack(STAMP),
     Abort(STAMP, "client left"),
     PullAsk(bytes(range(16)), TransferKind.RETURN, "request", 2, bytes(48)),

@@ -44,8 +44,10 @@ from kvtransfer.source_transfer import (
     Opened,
     ReportClosed,
     ReportRefused,
+    ReportSent,
     SendChunk,
     SendFiller,
+    Sent,
     SourceEvent,
     SourceState,
     SourceTransfer,
@@ -75,12 +77,21 @@ def checksum(content: tuple[int, ...] | None) -> int:
 
 
 class TwoMachines(RuleBasedStateMachine):
-    @initialize(num_blocks=st.integers(1, 7), num_held=st.integers(0, 7), kind=st.sampled_from(TransferKind))
-    def open(self, num_blocks: int, num_held: int, kind: TransferKind) -> None:
+    @initialize(
+        num_blocks=st.integers(1, 7),
+        num_held=st.integers(0, 7),
+        kind=st.sampled_from(TransferKind),
+        room=st.integers(0, 3),
+    )
+    def open(self, num_blocks: int, num_held: int, kind: TransferKind, room: int = 0) -> None:
+        """room: blocks that a migration offers and never has."""
         self.now = 100.0
+        self.kind = kind
         self.num_blocks = num_blocks
+        self.num_offered = num_blocks + (room if kind is TransferKind.MIGRATE else 0)
         self.num_held = min(num_held, num_blocks)
-        self.source = SourceTransfer(STAMP, "r", num_blocks, BLOCK_NBYTES, CONFIG, kind)
+        self.sent: list[int] = []  # as the source reported it
+        self.source = SourceTransfer(STAMP, "r", self.num_offered, BLOCK_NBYTES, CONFIG, kind)
         self.destination = DestinationTransfer(STAMP, "r", BLOCK_NBYTES, CONFIG, kind)
         self.to_source: list[TransferMessage] = []
         self.to_destination: list[TransferMessage] = []
@@ -106,7 +117,11 @@ class TwoMachines(RuleBasedStateMachine):
                 case Gather(seq=seq, block_ids=block_ids):
                     self.gathers.append(Job(seq, block_ids))
                 case SendChunk(seq=seq, number=number):
-                    self.put_on_wire(number, self.staged.pop(seq))
+                    content = self.staged.pop(seq)
+                    self.put_on_wire(number, content)
+                    self.feed_source(Sent(len(content)))
+                case ReportSent(num_blocks=num_blocks):
+                    self.sent.append(num_blocks)
                 case SendFiller(number=number):
                     self.put_on_wire(number, None)
                 case CancelWork():
@@ -164,12 +179,12 @@ class TwoMachines(RuleBasedStateMachine):
 
     @rule()
     def announce(self) -> None:
-        self.feed_destination(Announced(STAMP, "r"))
+        self.feed_destination(Announced(STAMP, "r", self.kind))
 
     @precondition(lambda self: self.destination.state is DestinationState.OFFERED)
     @rule()
     def grant(self) -> None:
-        self.feed_destination(Granted(self.num_held, tuple(range(self.num_held, self.num_blocks))))
+        self.feed_destination(Granted(self.num_held, tuple(range(self.num_held, self.num_offered))))
 
     @precondition(lambda self: self.destination.state is DestinationState.OFFERED)
     @rule(rarely=RARELY)
@@ -307,6 +322,13 @@ class TwoMachines(RuleBasedStateMachine):
                 assert self.pool == {position: 1000 + position for position in range(self.num_held, self.num_blocks)}
                 assert (end.first_index, end.token_ids) == (5, (42,))
                 assert end.num_bytes == BLOCK_NBYTES * (self.num_blocks - self.num_held)
+                assert end.num_blocks == self.num_blocks
+
+    @invariant()
+    def reports_of_a_migration_only_grow_to_what_it_has(self) -> None:
+        sent = getattr(self, "sent", [])
+        assert sent == sorted(sent) and all(self.num_held <= each <= self.num_blocks for each in sent)
+        assert not sent or self.kind is TransferKind.MIGRATE
 
     def teardown(self) -> None:
         """Left alone, with the work that has begun coming to its end, both sides end."""
@@ -334,12 +356,14 @@ TestTwoMachines.settings = settings(max_examples=300, stateful_step_count=40, de
 def test_the_good_path_is_reachable_in_the_model() -> None:
     """Else the properties above would hold of nothing."""
     model = TwoMachines()
-    model.open(5, 1, TransferKind.HANDOFF)
-    for _ in range(30):
-        model.go_on(1)
-    assert isinstance(model.destination_ends[0], ReportArrived)
-    assert model.source_ends == [ReportClosed()]
-    model.arrived_means_whole()
+    for kind in TransferKind:
+        model.open(5, 1, kind, 2)
+        for _ in range(30):
+            model.go_on(1)
+        assert isinstance(model.destination_ends[0], ReportArrived)
+        assert model.source_ends == [ReportClosed()]
+        model.arrived_means_whole()
+        assert model.sent == ([1, 2, 4, 5] if kind is TransferKind.MIGRATE else [])
 
 
 def granted(num_blocks: int = 4, num_held: int = 1) -> DestinationTransfer:
@@ -361,6 +385,34 @@ def test_chunks_outside_the_grant_end_the_transfer() -> None:
     ):
         effects = granted().on(Received(chunk), 1)
         assert isinstance(effects[-1], ReportLost)
+
+
+def migrating(num_blocks: int = 4, num_held: int = 1) -> DestinationTransfer:
+    transfer = DestinationTransfer(STAMP, "r", BLOCK_NBYTES, CONFIG, TransferKind.MIGRATE)
+    transfer.on(Announced(STAMP, "r", TransferKind.MIGRATE), 0)
+    transfer.on(Received(Offer(STAMP, TransferKind.MIGRATE, "r", num_blocks)), 0)
+    transfer.on(Granted(num_held, tuple(range(10 + num_held, 10 + num_blocks))), 0)
+    return transfer
+
+
+def test_a_commit_of_other_blocks_than_there_are_ends_the_transfer() -> None:
+    for transfer, num_blocks in ((granted(), 3), (granted(), 5), (migrating(), 0), (migrating(), 5)):
+        assert isinstance(transfer.on(Received(Commit(STAMP, 0, (1,), num_blocks)), 1)[-1], ReportLost)
+
+
+def test_chunks_beyond_the_commit_end_a_migration() -> None:
+    transfer, beyond = migrating(), Received(Chunk(STAMP, 0, 2, 1, BLOCK_NBYTES, 0))
+    assert transfer.on(Received(Commit(STAMP, 5, (1,), 2)), 1) == []
+    assert isinstance(transfer.on(beyond, 1)[-1], ReportLost)
+    transfer = migrating()
+    transfer.on(beyond, 1)
+    assert CancelWork() in transfer.on(Received(Commit(STAMP, 5, (1,), 2)), 1)
+
+
+def test_a_migration_may_be_held_whole() -> None:
+    arrived = migrating().on(Received(Commit(STAMP, 5, (1,), 1)), 1)[-1]
+    assert isinstance(arrived, ReportArrived)
+    assert (arrived.num_blocks, arrived.num_bytes) == (1, 0)
 
 
 def test_two_chunks_for_one_block_end_the_transfer() -> None:
@@ -446,4 +498,4 @@ def test_commit_before_the_grant_is_sent_after_it() -> None:
     source.on(Opened(), 0)
     assert source.on(BlocksComputed(0, (5, 6, 7)), 0) == source.on(CommitAsked(0, (1,)), 0) == []
     effects = source.on(Received(Accept(STAMP, 2)), 1)
-    assert effects == [Gather(0, (7,)), Tell(Commit(STAMP, 0, (1,)))]
+    assert effects == [Gather(0, (7,)), Tell(Commit(STAMP, 0, (1,), 3))]

@@ -15,7 +15,7 @@ import torch
 from kvtransfer.agent import TransferAgent
 from kvtransfer.config import TransferConfig
 from kvtransfer.transport import Transport
-from protos.types import KVLayout, PeerRef, Role, TransferKind
+from protos.types import KVLayout, PeerRef, Role, TransferFailure, TransferKind
 
 LAYOUT = KVLayout("model-a", "float32", 2, 2, 8, 4, 4)  # 1 KiB a block
 NUM_BLOCKS = 64
@@ -71,6 +71,7 @@ class RecordingHost:
         num_bytes: int,
         transfer_s: float,
         exposed_s: float,
+        num_blocks: int,
     ) -> None:
         assert 0 <= exposed_s <= transfer_s
         self._add("arrived", transfer_id, first_index, token_ids, num_bytes)
@@ -81,7 +82,10 @@ class RecordingHost:
     def on_refused(self, transfer_id: bytes, reason: str) -> None:
         self._add("refused", transfer_id, reason)
 
-    def on_closed(self, transfer_id: bytes) -> None:
+    def on_sent(self, transfer_id: bytes, num_blocks: int) -> None:
+        self._add("sent", transfer_id, num_blocks)
+
+    def on_closed(self, transfer_id: bytes, failure: TransferFailure | None) -> None:
         self._add("closed", transfer_id)
 
     def on_pull_asked(
@@ -112,7 +116,7 @@ class RecordingHost:
         return [event for event in self.events if event[1] == transfer_id]
 
     def ends(self, transfer_id: bytes) -> list[str]:
-        return [event[0] for event in self.of(transfer_id) if event[0] not in ("offered", "asked")]
+        return [event[0] for event in self.of(transfer_id) if event[0] not in ("offered", "asked", "sent")]
 
     async def next(self, kind: str, transfer_id: bytes | str, timeout_s: float = 10.0) -> tuple[Any, ...]:
         async with asyncio.timeout(timeout_s):

@@ -19,6 +19,8 @@ from protos.types import (
     HandoffRefused,
     LinkStats,
     Logprobs,
+    Migrate,
+    MigrationFailed,
     PeerRef,
     PullOutcome,
     PullStats,
@@ -29,6 +31,7 @@ from protos.types import (
     ServingMode,
     TokenOutput,
     TransferFailure,
+    TransferKind,
     TransferStats,
     WorkerAccount,
     WorkerReport,
@@ -83,6 +86,7 @@ def test_command_survives_the_wire() -> None:
         submits=(a_request(),),
         aborts=(Abort("r2", 1),),
         retargets=(Retarget("r3", 1, None), Retarget("r4", 2, Handoff(b"y" * 16, PEER))),
+        migrates=(Migrate("r5", 1, Handoff(b"z" * 16, PEER, TransferKind.MIGRATE)),),
     )
     assert codec.command_from_proto(codec.command_to_proto(command)) == command
     assert codec.command_from_proto(codec.command_to_proto(RouterCommand(heartbeat=1))).members is None
@@ -102,6 +106,8 @@ def test_report_survives_the_wire() -> None:
             TokenOutput("r2", 1, 0, (), FinishReason.ERROR, account, "why"),
         ),
         refusals=(HandoffRefused("r1", 1, "no room"),),
+        failed_migrations=(MigrationFailed("r5", 1, b"z" * 16, "no room"),),
+        is_leaving=True,
         stats=WorkerStats(
             1,
             2,

@@ -37,6 +37,8 @@ def account(prefill_worker: str, decode_worker: str, **fields: object) -> Reques
         "transfer_exposed_s": 0.004,
         "num_preemptions": 0,
         "num_moves": 0,
+        "num_migrations": 0,
+        "migration_pause_s": 0.0,
         "queued_s": 0.01,
         "pull_s": 0.0,
         "prefill_s": 0.06,

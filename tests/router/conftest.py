@@ -13,6 +13,7 @@ from protos import inference_pb2 as pb
 from protos.inference_pb2_grpc import ClusterStub, InferenceStub
 from protos.types import PeerRef
 from router.config import RouterConfig
+from router.published_view import Order
 from router.served_model import ServedModel
 from router.server import RouterServer
 from tests.router.fake_worker import FINGERPRINT, Fabric, FakeWorker
@@ -53,6 +54,7 @@ class Service:
     channel: grpc.aio.Channel
     workers: dict[str, FakeWorker] = field(default_factory=dict)
     lost: list[tuple[PeerRef, str]] = field(default_factory=list)
+    orders: list[Order] = field(default_factory=list)
     clients: list[AsyncOpenAI] = field(default_factory=list)
 
     @property
@@ -82,6 +84,10 @@ class Service:
         self.publisher.joined(ref, pid=0)
         return [one.reason for one in await self.server.take(self.publisher.view)]
 
+    async def expect(self, num_prefill: int, num_decode: int) -> None:
+        self.publisher.expect(num_prefill, num_decode)
+        await self.server.take(self.publisher.view)
+
     async def remove(self, worker_id: str, incarnation: str = "1") -> None:
         self.publisher.left(replace(self.workers[worker_id].ref, incarnation=incarnation))
         await self.server.take(self.publisher.view)
@@ -90,7 +96,11 @@ class Service:
         """As cluster/routers.py does, for as long as it runs."""
         self.publisher.router_up("router-0")
         while True:
-            lost = self.publisher.heard("router-0", await self.server.news())
+            news = await self.server.news()
+            for placed in news.orders:
+                self.orders.append(placed.order)
+                self.server.answer(placed.order_id, "")
+            lost = self.publisher.heard("router-0", news)
             self.lost += [(one.ref, one.reason) for one in lost]
             await self.server.take(self.publisher.view)
 
@@ -121,7 +131,7 @@ async def launch() -> AsyncIterator[Callable[..., object]]:
         services.append(service)
         followers.append(asyncio.create_task(service.follow()))
         num_prefill = sum(worker_id.startswith("p") for worker_id in worker_ids)
-        server.set_expected(num_prefill, len(worker_ids) - num_prefill)
+        await service.expect(num_prefill, len(worker_ids) - num_prefill)
         for worker_id in worker_ids:
             worker = FakeWorker(worker_id, service.fabric)
             worker.warm_links = tuple(name for name in worker_ids if name.startswith("d"))

@@ -49,6 +49,8 @@ class FakeWorker(WorkerServicer):
         self.fingerprint = FINGERPRINT
         self.warm_links: tuple[str, ...] = ("d-0", "d-1")
         self.num_blocks = num_blocks
+        self.num_held_blocks = 0
+        self.is_leaving = False
         self.is_silent = False  # no heartbeats
         self.shuns: set[str] = set()  # ids of routers whose streams end
         self.commands: list[RouterCommand] = []
@@ -104,12 +106,17 @@ class FakeWorker(WorkerServicer):
                     report = await asyncio.wait_for(reports.get(), 0.05)
                     yield report_to_proto(WorkerReport(heartbeat, report.outputs, report.refusals, self._stats()))
                 except TimeoutError:
-                    yield report_to_proto(WorkerReport(heartbeat, stats=self._stats()))
+                    yield report_to_proto(WorkerReport(heartbeat, stats=self._stats(), is_leaving=self.is_leaving))
         finally:
             reader.cancel()
 
     def _stats(self) -> WorkerStats:
-        return WorkerStats(num_blocks=self.num_blocks, num_free_blocks=self.num_blocks, warm_links=self.warm_links)
+        return WorkerStats(
+            num_blocks=self.num_blocks,
+            num_free_blocks=self.num_blocks - self.num_held_blocks,
+            num_held_blocks=self.num_held_blocks,
+            warm_links=self.warm_links,
+        )
 
     async def _read(self, frames: AsyncIterator[pb.RouterFrame], reports: asyncio.Queue[WorkerReport]) -> None:
         async for frame in frames:

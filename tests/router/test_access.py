@@ -26,7 +26,7 @@ WRONG_TOKEN = "token-of-nobody"
 PROMPT = "a prompt of some blocks"
 SLOW = 0.05
 
-OPERATORS_RPCS = {"Cluster.GetStatus", "Inference.GetLoads"}
+OPERATORS_RPCS = {"Cluster.GetStatus", "Cluster.Drain", "Cluster.Scale", "Inference.GetLoads"}
 OPERATORS_ROUTES = {"/metrics", "/ui/state"}
 # The page asks for the state with the token that its user has typed in.
 OPEN_ROUTES = {"/", "/health", "/ready", "/version", *NOT_SERVED}

@@ -190,7 +190,7 @@ async def test_a_prompt_beyond_the_smallest_pool(launch: Any) -> None:
 
 async def test_not_ready(launch: Any) -> None:
     service = await launch()
-    service.server.set_expected(1, 1)
+    await service.expect(1, 1)
     error = await error_of(service, text="abc")
     assert (error.code(), error.details()) == (grpc.StatusCode.UNAVAILABLE, "not ready: 0 of 2 workers loaded")
     assert ("grpc-retry-pushback-ms", "1000") in list(error.trailing_metadata())
@@ -359,12 +359,12 @@ async def test_model_info_loads_and_status(launch: Any) -> None:
     assert (status.ready, status.message, status.mode, status.model) == (True, "ready", "disaggregated", "echo")
     assert (status.num_requests_in_flight, status.num_requests_finished, status.num_failovers) == (0, 1, 0)
     assert [event.message for event in status.events] == ["ready", "scaled to 2"]
-    assert (status.view_version, status.router_id) == (2, "router-0")
+    assert (status.view_version, status.router_id) == (3, "router-0")
 
 
 async def test_health_follows_readiness(launch: Any) -> None:
     service = await launch()
-    service.server.set_expected(1, 0)
+    await service.expect(1, 0)
     stub = health_pb2_grpc.HealthStub(service.channel)
     for name in ("", "twinring.v1.Inference"):
         answer = await stub.Check(health_pb2.HealthCheckRequest(service=name))

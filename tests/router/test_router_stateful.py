@@ -26,6 +26,7 @@ from router.events import (
     StopMatched,
     Tick,
     WorkerDown,
+    WorkerDraining,
     WorkerUp,
 )
 from router.policies.config import PolicyConfig, PolicyName
@@ -80,6 +81,7 @@ class RouterMachine(RuleBasedStateMachine):
         for effect in effects:
             match effect:
                 case Send():
+                    assert not (effect.submits and effect.worker_id in self.router.view.draining)
                     self.workers[effect.worker_id].take(effect)  # only live workers are sent anything
                 case Deliver():
                     self.deliver(effect)
@@ -152,6 +154,21 @@ class RouterMachine(RuleBasedStateMachine):
         """Its reports on the way still come, before or after the router hears of it."""
         worker = self.workers.pop(sorted(self.workers)[pick % len(self.workers)])
         self.feed(WorkerDown(worker.ref.worker_id, worker.ref.incarnation, "killed"))
+
+    @precondition(lambda self: self.workers)
+    @rule(pick=picks)
+    def drain(self, pick: int) -> None:
+        worker = self.workers[sorted(self.workers)[pick % len(self.workers)]]
+        self.feed(WorkerDraining(worker.ref.worker_id, worker.ref.incarnation))
+
+    @rule()
+    def leave(self) -> None:
+        """Those that drain go as soon as nothing needs them, and that costs no request an attempt."""
+        for worker_id, view in list(self.router.view.draining.items()):
+            if self.router.num_needing(view) == 0:
+                num_failovers = self.router.statistics.num_failovers
+                self.kill(sorted(self.workers).index(worker_id))
+                assert self.router.statistics.num_failovers == num_failovers
 
     @rule(pick=picks, num_tokens=st.integers(1, 4))
     def generate(self, pick: int, num_tokens: int) -> None:
@@ -249,7 +266,7 @@ class RouterMachine(RuleBasedStateMachine):
         for request_id, in_flight in self.router._in_flight.items():
             assert (in_flight.attempt is None) or (in_flight.queued is None)
             assert (in_flight.queued.prefill if in_flight.queued else None) is queued.get(request_id)
-            assert not (in_flight.waits_for_a_worker and view.workers)
+            assert not (in_flight.waits_for_a_worker and any(map(view.takes_work, view.workers)))
 
     @invariant()
     def the_sums_are_right(self) -> None:
@@ -285,6 +302,8 @@ class RouterMachine(RuleBasedStateMachine):
 
     def teardown(self) -> None:
         """With every worker up and nobody dying, every request ends."""
+        for worker_id in list(self.router.view.draining):
+            self.kill(sorted(self.workers).index(worker_id))
         for worker_id in WORKERS:
             self.start_worker(worker_id)
         for _ in range(2000):

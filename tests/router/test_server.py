@@ -101,9 +101,9 @@ async def test_membership_goes_to_all(launch: Any) -> None:
         commands = [c for c in service.workers[worker_id].commands if c.members is not None]
         return commands[-1].membership_version, sorted(ref.worker_id for ref in commands[-1].members or ())
 
-    await eventually(lambda: all(last_members(w) == (3, ["d-0", "d-1", "p-0"]) for w in service.workers))
+    await eventually(lambda: all(last_members(w) == (4, ["d-0", "d-1", "p-0"]) for w in service.workers))
     await service.remove("d-1")
-    await eventually(lambda: last_members("p-0") == last_members("d-0") == (4, ["d-0", "p-0"]))
+    await eventually(lambda: last_members("p-0") == last_members("d-0") == (5, ["d-0", "p-0"]))
 
 
 @pytest.mark.parametrize(

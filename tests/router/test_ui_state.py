@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -35,6 +36,15 @@ def test_every_worker_is_told_and_one_that_is_down_has_no_load(large: BusyCluste
         if worker["is_up"]:
             blocks = worker["blocks"]
             assert blocks["free"] + blocks["cached"] + blocks["held"] + blocks["leased"] == blocks["total"]
+
+
+def test_a_worker_that_drains_is_up_and_says_so() -> None:
+    cluster = BusyCluster(2, 2)
+    known = cluster.status.known["prefill-0"]
+    cluster.status.note(replace(known, is_draining=True))
+    workers = {worker["id"]: worker for worker in told(cluster)["workers"]}
+    assert [workers[name]["is_draining"] for name in ("prefill-0", "prefill-1")] == [True, False]
+    assert workers["prefill-0"]["is_up"]
 
 
 def test_the_cluster_says_what_it_waits_for() -> None:

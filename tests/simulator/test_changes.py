@@ -16,9 +16,9 @@ from tests.simulator.values import request, setup
 SETUP = setup(num_prefill=4, num_decode=2)
 
 
-def changes(join: str = "", leave: str = "", fail: str = "", of: Setup = SETUP) -> tuple[Change, ...]:
-    joins, leaves, fails = (text.split(" ") if text else [] for text in (join, leave, fail))
-    return changes_of(joins, leaves, fails, of)
+def changes(join: str = "", leave: str = "", fail: str = "", drain: str = "", of: Setup = SETUP) -> tuple[Change, ...]:
+    joins, leaves, drains, fails = (text.split(" ") if text else [] for text in (join, leave, drain, fail))
+    return changes_of(joins, leaves, drains, fails, of)
 
 
 def test_workers_are_named_or_counted() -> None:
@@ -55,12 +55,12 @@ def test_one_that_failed_may_come_back() -> None:
         ("join", "6:prefill-1", "join '6:prefill-1': prefill-1 is up"),
         ("fail", "6:prefill-4", "fail '6:prefill-4': prefill-4 is not up; there are prefill-0, prefill-1,"),
         ("leave", "6:decode-0,decode-1", "leave '6:decode-0,decode-1': no decode worker would be left"),
+        ("drain", "6:decode-0,decode-1", "drain '6:decode-0,decode-1': no decode worker would be left"),
     ],
 )
 def test_what_cannot_be_is_refused(kind: str, text: str, message: str) -> None:
-    texts = {kind: text}
     with pytest.raises(ValueError, match=message):
-        changes(texts.get("join", ""), texts.get("leave", ""), texts.get("fail", ""))
+        changes(**{kind: text})  # type: ignore[arg-type]
 
 
 def test_a_cluster_without_decode_workers_takes_none() -> None:

@@ -67,7 +67,9 @@ def test_queues_of_the_router_conserve_too(requests: list[SimRequest], shape: di
 
 
 changes = st.lists(
-    st.tuples(st.sampled_from(["prefill-0", "decode-0"]), st.sampled_from(["leave", "fail"]), st.floats(0.01, 2)),
+    st.tuples(
+        st.sampled_from(["prefill-0", "decode-0"]), st.sampled_from(["leave", "fail", "drain"]), st.floats(0.01, 2)
+    ),
     max_size=2,
     unique_by=lambda change: change[0],
 )
@@ -84,10 +86,32 @@ def test_workers_come_and_go(
         if worker_id.startswith("decode") and not shape.get("num_decode"):
             continue
         script.append(Change(at_s, ChangeKind(kind), worker_id))
-        if comes_back:
+        if comes_back and kind != "drain":  # that one goes when it is ready to
             role = Role.PREFILL if worker_id.startswith("prefill") else Role.DECODE
             script.append(Change(at_s + 0.2, ChangeKind.JOIN, worker_id, role))
     conserved(setup(**shape, num_prefill=3, changes=tuple(script), max_attempts=10), requests)
+
+
+@CAREFULLY
+@given(workloads(), SHAPES, st.floats(0.01, 2), st.sampled_from(["prefill-0", "decode-0"]))
+def test_a_worker_that_drains_costs_no_request_an_attempt(
+    requests: list[SimRequest], shape: dict[str, Any], at_s: float, worker_id: str
+) -> None:
+    if worker_id.startswith("decode") and not shape.get("num_decode"):
+        return
+    drain = Change(at_s, ChangeKind.DRAIN, worker_id)
+    chosen = setup(**shape, num_prefill=3, changes=(drain,))
+    conserved(chosen, requests)
+    assert all(record.num_attempts == 1 for record in simulate(chosen, requests).records)
+
+
+def test_running_decodes_move_out_of_a_worker_that_drains() -> None:
+    requests = [request(0.01 * number, (number, number + 100), num_output_tokens=2000) for number in range(6)]
+    drain = Change(0.5, ChangeKind.DRAIN, "decode-0")
+    roomy = replace(HARDWARE, num_kv_tokens=2000 * BLOCK)
+    result = simulate(setup(hardware=roomy, num_prefill=1, num_decode=2, changes=(drain,)), requests)
+    assert all(record.end is End.FINISHED and record.num_attempts == 1 for record in result.records)
+    assert result.router.num_migrations >= 3
 
 
 # --- arithmetic ---------------------------------------------------------------------------------------------------

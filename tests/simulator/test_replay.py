@@ -115,7 +115,7 @@ def test_the_two_ends_of_a_transfer_must_match(path: Path) -> None:
     """Their random ids differ from run to run; which of them go together may not."""
     lines = recording_of(HOME_PAIR, REQUESTS[:1], path)
     number, line = next((i, json.loads(text)) for i, text in enumerate(lines) if '"transfer_id"' in text)
-    (_, [[_, submit]], _, _), *_ = line["choices"]
+    (_, [[_, submit]], *_), *_ = line["choices"]
     submit["handoff_from"]["transfer_id"] = "ff" * 16
     found = replay([*lines[:number], json.dumps(line), *lines[number + 1 :]])
     assert found.difference is not None
