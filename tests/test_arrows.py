@@ -30,9 +30,9 @@ SHELLS: dict[str, str] = {
     "engine": """attention engine_thread fused_modules half_weights host_copies host_memory local_engine logits
         model_facts model_loader model_runner paged_kv_cache request_owners router_session sampler step_inputs
         transfer_port worker worker_health worker_host""",
-    "kvtransfer": """agent asks block_store destination_lane destination_side gloo_link greeter lane_thread local_socket
-        memory_link outgoing_peer peer_channel segment shared_memory_link source_lane source_side staging transport
-        transports""",
+    "kvtransfer": """agent asks block_store destination_lane destination_side gloo_link greeter lane_thread life_mark
+        local_socket memory_link outgoing_peer peer_channel segment shared_memory_link source_lane source_side staging
+        transport transports""",
     "router": """call_writer calls client_call cluster_service driver front_door grpc_call http_app http_requests
         http_server link_metrics membership metrics openai.api prompts pull_metrics reply
         responses server tls worker_channel worker_metrics""",
