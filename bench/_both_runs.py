@@ -48,7 +48,9 @@ class Latencies:
 
 def setup_of(config: ServeConfig, hardware: Hardware) -> Setup:
     """What the simulator must know of a cluster that serves with these settings on this hardware; messages and links
-    are left as they are there."""
+    are left as they are there. ValueError where its pools are made differently: the simulator's are not."""
+    if config.prefill_engine or config.decode_engine:
+        raise ValueError("prefill_engine and decode_engine must not be set: simulated workers are alike")
     engine = config.engine
     facts = read_model_facts(engine.model).as_run_by(engine)
     block_nbytes = facts.kv_layout(engine.dtype, engine.block_size, engine.hash_block_size).block_nbytes

@@ -17,11 +17,11 @@ NUM_BYTES = 64 << 20
 TIMEOUT_S = 60.0
 
 
-def noticed_s(transport: TransportName) -> float:
-    """From the kill to the receive's end."""
+def noticed_s(transport: TransportName, num_resident: int = 0) -> float:
+    """From the kill to the receive's end. num_resident: bytes that the killed process has beside what it needs."""
     spawn = multiprocessing.get_context("spawn")
     pipe, theirs = spawn.Pipe()
-    victim = spawn.Process(target=be_killed, args=(theirs, transport), daemon=True)
+    victim = spawn.Process(target=be_killed, args=(theirs, transport, num_resident), daemon=True)
     victim.start()
     links = LocalFirst(TransferConfig(transport=transport, chunk_timeout_s=TIMEOUT_S))
     assert pipe.poll(TIMEOUT_S), "the other process does not start"
@@ -45,10 +45,12 @@ def noticed_s(transport: TransportName) -> float:
         links.close()
 
 
-def be_killed(pipe: Connection, transport: TransportName) -> None:
+def be_killed(pipe: Connection, transport: TransportName, num_resident: int) -> None:
+    held = torch.ones(num_resident, dtype=torch.uint8)  # written, or the system would not have given it yet
     links = LocalFirst(TransferConfig(transport=transport))
     pipe.send(links.beacon)
     link = links.dial(pipe.recv(), lambda reason: None)
     link.allocate(NUM_BYTES)
     link.connect()
     time.sleep(TIMEOUT_S)
+    assert held.numel() == num_resident

@@ -248,8 +248,7 @@ class Destination:
             if kind == "stages":
                 self._pipe.send(stage_rates(self._pool, self._chunk_nbytes, argument))
             elif kind in paths:
-                await asyncio.to_thread(paths[kind].move, argument)
-                self._pipe.send(("arrived", time.perf_counter()))
+                await asyncio.to_thread(self._move, paths[kind], argument)
             else:
                 source, agent, _ = agents[kind]
                 agent.expect(argument, source, "r", 1)
@@ -261,6 +260,11 @@ class Destination:
                 await asyncio.to_thread(path.link.close)
         for each in links:
             each.close()
+
+    def _move(self, path: RawPath | ReceivingPath, num: int) -> None:
+        self._pipe.send("ready")
+        path.move(num)
+        self._pipe.send(("arrived", time.perf_counter()))
 
     async def _agent(
         self, store: BlockStore, transport: TransportName, is_bare: bool

@@ -1,6 +1,6 @@
 """KV moved between two processes of this machine, over gloo and over shared memory: each stage alone, the shipping path
-end to end, what of it prefill hides, and raw gloo and memcpy beside them, all in one run. The other process is
-bench/_transfer_peer.py."""
+end to end, what of it prefill hides, what a small transfer loses beside a long one, how soon a killed peer is noticed,
+and raw gloo and memcpy beside them, all in one run. The other process is bench/_transfer_peer.py."""
 
 from __future__ import annotations
 
@@ -53,6 +53,7 @@ NUM_BYTES = 128 * MIB  # of one run of one path
 RAW_GLOO_TARGET, MEMCPY_TARGET, NOTICED_TARGET_MS = 0.9, 0.8, 50.0
 NUM_PREFILL_CHUNKS = 8  # of the prompt whose transfer is to be hidden
 COMPUTE_SHARE = 1.5  # a prefill chunk takes so much longer than its KV takes to move alone
+RESIDENT_NBYTES = {"": 0, "_400M": 400 * MIB, "_2G": 2 * GIB}  # of a killed process, beside what it needs
 
 
 def run(quick: bool) -> list[Figure]:
@@ -63,7 +64,8 @@ def run(quick: bool) -> list[Figure]:
     with destination_process(num_bytes) as pipe:
         for chunk_nbytes in CHUNKS[1:] if quick else CHUNKS:
             figures += measure(pipe, pool, chunk_nbytes, runs)
-    return [*verdicts(figures), *figures, *(killed_peer(each, runs) for each in TRANSPORTS)]
+    sizes = list(RESIDENT_NBYTES)[: 1 if quick else None]
+    return [*verdicts(figures), *figures, *(killed_peer(each, size, runs) for each in TRANSPORTS for size in sizes)]
 
 
 def verdicts(figures: list[Figure]) -> list[Figure]:
@@ -76,10 +78,10 @@ def verdicts(figures: list[Figure]) -> list[Figure]:
     ]
 
 
-def killed_peer(transport: TransportName, runs: int) -> Figure:
-    noticed_ms = 1000 * median_of(min(runs, 5), lambda: noticed_s(transport))
+def killed_peer(transport: TransportName, size: str, runs: int) -> Figure:
+    noticed_ms = 1000 * median_of(min(runs, 5), lambda: noticed_s(transport, RESIDENT_NBYTES[size]))
     note = "from SIGKILL of the sender to the end of a receive that waits for it"
-    return Figure(f"killed_peer_noticed_{transport}", noticed_ms, "ms", NOTICED_TARGET_MS, "lower", note)
+    return Figure(f"killed_peer_noticed_{transport}{size}", noticed_ms, "ms", NOTICED_TARGET_MS, "lower", note)
 
 
 @contextmanager
@@ -111,12 +113,14 @@ def measure(pipe: Connection, pool: PagedKVCache, chunk_nbytes: int, runs: int) 
         seconds = interleave(runs, {path: lambda path=path: source.time_of(path) for path in PATHS})  # type: ignore[misc]
         stages = source.stage_seconds(runs)
         hidden = {each: source.hidden_shares(each, runs) for each in TRANSPORTS}
+        delays = {each: source.delays(each, runs) for each in TRANSPORTS}
     finally:
         source.close()
     size = f"{chunk_nbytes // MIB}M" if chunk_nbytes >= MIB else f"{chunk_nbytes // KIB}K"
     num_chunks = pool.num_blocks * LAYOUT.block_nbytes / chunk_nbytes
     rates = figures_of(size, pool.num_blocks * LAYOUT.block_nbytes, seconds)
-    return [*rates, *stage_figures(size, chunk_nbytes, stages, seconds, num_chunks), *hidden_figures(size, hidden)]
+    rates += stage_figures(size, chunk_nbytes, stages, seconds, num_chunks)
+    return [*rates, *hidden_figures(size, hidden), *delay_figures(size, delays)]
 
 
 def figures_of(size: str, num_bytes: int, seconds: dict[str, list[float]]) -> list[Figure]:
@@ -154,6 +158,14 @@ def hidden_figures(size: str, hidden: dict[TransportName, list[float]]) -> list[
     ]
 
 
+def delay_figures(size: str, delays: dict[TransportName, list[float]]) -> list[Figure]:
+    note = "what a transfer of one chunk takes longer while a long one is under way, in chunks of that one"
+    return [
+        Figure(f"small_beside_long_{transport}_{size}", statistics.median(times), "chunks", better="lower", note=note)
+        for transport, times in delays.items()
+    ]
+
+
 class Source:
     """This process's ends of all paths, for one size of chunk."""
 
@@ -187,6 +199,7 @@ class Source:
         if path in self._agents:
             return self._loop.run(self._time_of_transfer(path))
         self._pipe.send((path, self._num_chunks))
+        assert self._pipe.recv() == "ready"
         started_at = time.perf_counter()
         self._paths[path].move(self._num_chunks)
         return self._arrival() - started_at
@@ -206,6 +219,12 @@ class Source:
             exposed_s = self._loop.run(self._time_of_transfer(path, NUM_PREFILL_CHUNKS, compute_s))
             shares.append(1 - exposed_s / alone_s)
         return shares
+
+    def delays(self, transport: TransportName, runs: int) -> list[float]:
+        """Of a transfer of one chunk that begins in the middle of a long one, in the time the long one alone takes for
+        a chunk."""
+        path = f"end_to_end_{transport}"
+        return [self._loop.run(self._delay(path)) for _ in range(runs)]
 
     def stage_seconds(self, runs: int) -> dict[str, float]:
         """Of one chunk: what the source does measured here, what the destination does measured there."""
@@ -233,7 +252,7 @@ class Source:
     async def _time_of_transfer(self, path: str, num_parts: int = 1, compute_s: float = 0.0) -> float:
         """From the last block's being computed to all of them lying verified in the other's pool. Where nothing is
         computed meanwhile, that is from the offer on."""
-        destination, agent, ends = self._agents[path]
+        destination, agent, _ = self._agents[path]
         transfer_id = secrets.token_bytes(16)
         self._pipe.send((path, transfer_id))
         computed_at = time.perf_counter()
@@ -244,10 +263,34 @@ class Source:
                 computed_at = time.perf_counter()
             agent.send_blocks(transfer_id, first, self._block_ids[first : first + part])
         agent.commit(transfer_id, 0, (1,))
+        return (await self._arrivals(path, 1))[0] - computed_at
+
+    async def _delay(self, path: str) -> float:
+        long_s = await self._time_of_transfer(path)
+        began_at = self._begin(path, 1)
+        alone_s = (await self._arrivals(path, 1))[0] - began_at
+        self._begin(path, self._num_chunks)
+        await asyncio.sleep(long_s / 4)
+        began_at = self._begin(path, 1)
+        beside_s = min(await self._arrivals(path, 2)) - began_at
+        return (beside_s - alone_s) / (long_s / self._num_chunks)
+
+    def _begin(self, path: str, num_chunks: int) -> float:
+        """A transfer of so many chunks, all computed; when."""
+        destination, agent, _ = self._agents[path]
+        transfer_id, num_blocks = secrets.token_bytes(16), num_chunks * self._chunk_nbytes // LAYOUT.block_nbytes
+        self._pipe.send((path, transfer_id))
+        began_at = time.perf_counter()
+        agent.open(transfer_id, destination, "r", 1, num_blocks)
+        agent.send_blocks(transfer_id, 0, self._block_ids[:num_blocks])
+        agent.commit(transfer_id, 0, (1,))
+        return began_at
+
+    async def _arrivals(self, path: str, num_transfers: int) -> list[float]:
         async with asyncio.timeout(TIMEOUT_S):
-            end, _ = await ends.get()
-        assert end == "closed", end
-        return self._arrival() - computed_at
+            ends = [(await self._agents[path][2].get())[0] for _ in range(num_transfers)]
+        assert set(ends) == {"closed"}, ends
+        return [self._arrival() for _ in ends]
 
     def _arrival(self) -> float:
         """When the other process had it all."""

@@ -23,6 +23,7 @@ from cluster.client_types import (
     Sampling,
     ServerInfo,
     Status,
+    WarmLink,
     WorkerLoad,
 )
 from protos import inference_pb2 as pb
@@ -160,7 +161,15 @@ def status_of(message: pb.GetStatusResponse) -> Status:
 
 
 def loads_of(message: pb.GetLoadsResponse | pb.GetStatusResponse) -> tuple[WorkerLoad, ...]:
-    return tuple(_plain(WorkerLoad, load, warm_links=tuple(load.warm_links)) for load in message.workers)
+    return tuple(
+        _plain(
+            WorkerLoad,
+            load,
+            warm_links=tuple(load.warm_links),
+            links=tuple(_plain(WarmLink, link) for link in load.links),
+        )
+        for load in message.workers
+    )
 
 
 def model_info_of(message: pb.GetModelInfoResponse) -> ModelInfo:

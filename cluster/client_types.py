@@ -151,6 +151,12 @@ class Chunk:
 
 
 @dataclass(frozen=True, slots=True)
+class WarmLink:
+    worker_id: str  # where to
+    transport: str  # gloo, shared_memory
+
+
+@dataclass(frozen=True, slots=True)
 class WorkerLoad:
     worker_id: str
     role: str
@@ -170,6 +176,7 @@ class WorkerLoad:
     warm_links: tuple[str, ...]
     pid: int
     num_queued: int
+    links: tuple[WarmLink, ...]  # how KV goes to each of warm_links
 
 
 @dataclass(frozen=True, slots=True)

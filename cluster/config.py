@@ -32,6 +32,11 @@ SHARED_SETTINGS = {
     "lease_s": "lease",
 }
 
+# Alike on every worker: requests and KV go from one to the other, and the router speaks of one model.
+COMMON_ENGINE_SETTINGS = ("model", "modelled", "dtype", "max_model_len", "block_size", "hash_block_size")
+# Of decode workers, unless decode_engine says otherwise: what they generate is looked for at its home.
+DECODE_ENGINE: Mapping[str, Any] = {"host_cache_bytes": 0}
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class RayConfig:
@@ -70,6 +75,8 @@ class ServeConfig:
     drain_timeout_s: float = 1.0  # how long running requests may go on after SIGTERM; a second signal ends them
     worker_drain_timeout_s: float = 30.0  # what one worker, or router, that leaves may still take for what it has
     engine: EngineConfig = dataclasses.field(default_factory=lambda: EngineConfig(model=DEMO_MODEL))
+    prefill_engine: EngineConfig | None = None  # what prefill workers have other than in engine (docs/operations.md)
+    decode_engine: EngineConfig | None = None  # likewise on decode workers
     lease: LeaseConfig = dataclasses.field(default_factory=LeaseConfig)
     transfer: TransferConfig = dataclasses.field(default_factory=TransferConfig)
     router: RouterConfig = dataclasses.field(default_factory=RouterConfig)
@@ -96,11 +103,28 @@ class ServeConfig:
             ours, theirs = getattr(self.router, name), getattr(getattr(self, section), name)
             if ours != theirs:
                 raise ValueError(f"router.{name} is {ours}, {section}.{name} is {theirs}: set {section}.{name} only")
-        pulls = self.engine.pulls
+        self._require_alike("prefill_engine", self.prefill_engine)
+        self._require_alike("decode_engine", self.decode_engine)
+        pulls = self.engine_of(Role.PREFILL).pulls
         if self.router.pull_s_per_token and pulls is None:
             raise ValueError(f"router.pull_s_per_token is {self.router.pull_s_per_token}, but engine.pulls is null")
         if self.router.returns and not (pulls and pulls.max_returns):
             raise ValueError("router.returns is on, but no worker takes any: set engine.pulls.max_returns above 0")
+
+    def engine_of(self, role: Role) -> EngineConfig:
+        if role is Role.PREFILL:
+            return self.prefill_engine or self.engine
+        return self.decode_engine or dataclasses.replace(self.engine, **DECODE_ENGINE)
+
+    def _require_alike(self, section: str, engine: EngineConfig | None) -> None:
+        if engine is None:
+            return
+        if self.router.mode == "colocated":
+            raise ValueError(f"{section} is set, but in mode colocated every worker does both: set engine only")
+        for name in COMMON_ENGINE_SETTINGS:
+            ours, theirs = getattr(self.engine, name), getattr(engine, name)
+            if ours != theirs:
+                raise ValueError(f"{section}.{name} is {theirs}, engine.{name} is {ours}: set engine.{name} only")
 
 
 def load_config(path: str | None = None, overrides: Mapping[str, Any] | None = None) -> ServeConfig:
@@ -119,7 +143,11 @@ def load_config(path: str | None = None, overrides: Mapping[str, Any] | None = N
     for name, value in (overrides or {}).items():
         _set(tree, name.split("."), value)
     _refuse_unknown(tree, ServeConfig, "")
-    tree.setdefault("engine", {}).setdefault("model", DEMO_MODEL)
+    engine = tree.setdefault("engine", {})
+    engine.setdefault("model", DEMO_MODEL)
+    for section, base in (("prefill_engine", engine), ("decode_engine", {**engine, **DECODE_ENGINE})):
+        if changes := tree.pop(section, None):
+            tree[section] = _merged(base, changes)
     if "RAY_ADDRESS" in os.environ:
         tree.setdefault("ray", {}).setdefault("address", os.environ["RAY_ADDRESS"])
     router = tree.setdefault("router", {})
@@ -142,7 +170,7 @@ def load_config(path: str | None = None, overrides: Mapping[str, Any] | None = N
 
 
 def _with_credit(config: ServeConfig) -> ServeConfig:
-    num_tokens = NUM_STEP_BUDGETS * config.engine.max_num_batched_tokens
+    num_tokens = NUM_STEP_BUDGETS * config.engine_of(Role.PREFILL).max_num_batched_tokens
     return dataclasses.replace(config, router=dataclasses.replace(config.router, dispatch_tokens=num_tokens))
 
 
@@ -163,6 +191,16 @@ def _set(tree: dict[str, Any], path: list[str], value: Any) -> None:
             tree[part] = {}
         tree = tree[part]
     tree[path[-1]] = value
+
+
+def _merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """base with changes, setting by setting also in the sections below."""
+    merged = dict(base)
+    for name, value in changes.items():
+        ours = merged.get(name)
+        has_both = isinstance(ours, Mapping) and isinstance(value, Mapping)
+        merged[name] = _merged(typing.cast(Mapping[str, Any], ours), value) if has_both else value
+    return merged
 
 
 def _refuse_unknown(tree: Mapping[str, Any], cls: type, prefix: str) -> None:

@@ -81,9 +81,10 @@ class Pools:
 
     @property
     def _may_turn(self) -> bool:
-        """Where both roles take the same of Ray, and have the same memory."""
-        ray = self._config.ray
-        return ray.prefill_resource == ray.decode_resource and not self._config.engine.host_cache_bytes
+        """Where both roles take the same of Ray, and have the same engine; host memory is not handed on."""
+        ray, engine = self._config.ray, self._config.engine_of(Role.PREFILL)
+        is_alike = ray.prefill_resource == ray.decode_resource and engine == self._config.engine_of(Role.DECODE)
+        return is_alike and not engine.host_cache_bytes
 
     def _check(self, sizes: Mapping[str, int]) -> None:
         for pool, size in sizes.items():

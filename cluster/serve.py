@@ -20,14 +20,16 @@ from transformers import AutoTokenizer
 
 from cluster.config import ServeConfig
 from cluster.model_folder import model_folder, model_name
-from cluster.pools import Pools
+from cluster.pools import Pools, worker_slots
 from cluster.ray_cluster import ray_cluster
 from cluster.router_handle import LocalRouter, RayRouter, RouterAddress
 from cluster.routers import Routers, router_configs
 from cluster.run_state import RunState, announced
 from cluster.supervisor import Progress, Supervisor
-from engine.model_loader import ModelFacts, read_model_facts
+from engine.model_facts import ModelFacts, read_model_facts
 from engine.paged_kv_cache import num_blocks_for
+from engine.worker_config import EngineConfig
+from protos.types import Role
 from router.served_model import ServedModel
 from router.tls import read_key_and_chain
 
@@ -107,7 +109,12 @@ async def _drain(routers: Routers, timeout_s: float, stop_now: asyncio.Event) ->
 
 def with_folder(config: ServeConfig, facts: ModelFacts) -> ServeConfig:
     """As the workers get it: they load from a folder, whatever name the model goes by."""
-    return dataclasses.replace(config, engine=dataclasses.replace(config.engine, model=str(facts.path)))
+    engines = {
+        name: dataclasses.replace(engine, model=str(facts.path))
+        for name in ("engine", "prefill_engine", "decode_engine")
+        if (engine := getattr(config, name)) is not None
+    }
+    return dataclasses.replace(config, **engines)
 
 
 def _exit(number: int, frame: FrameType | None) -> None:
@@ -168,9 +175,15 @@ def served_model(config: ServeConfig, facts: ModelFacts, hash_key: bytes) -> Ser
 
 
 def kv_estimate(config: ServeConfig, facts: ModelFacts) -> str:
-    engine = config.engine
+    roles = dict.fromkeys(role for _, role in worker_slots(config))
+    fits = {role: _kv_room(config.engine_of(role), facts) for role in roles}
+    by_role = "; ".join(f"each {role} worker fits {room}" for role, room in fits.items())
+    text = by_role if len(set(fits.values())) > 1 else f"each worker fits {fits[Role.PREFILL]}"
+    return text if config.engine.modelled is None else f"{text}; steps are modelled: nothing is computed"
+
+
+def _kv_room(engine: EngineConfig, facts: ModelFacts) -> str:
     layout = facts.kv_layout(engine.dtype, engine.block_size, engine.hash_block_size)
     num_blocks = engine.fixed_num_blocks or num_blocks_for(engine.kv_cache_bytes, layout)
     mib = num_blocks * layout.block_nbytes / 2**20
-    fits = f"each worker fits {num_blocks * engine.block_size:,} tokens of KV ({num_blocks} blocks, {mib:,.0f} MiB)"
-    return fits if engine.modelled is None else f"{fits}; steps are modelled: nothing is computed"
+    return f"{num_blocks * engine.block_size:,} tokens of KV ({num_blocks} blocks, {mib:,.0f} MiB)"

@@ -97,7 +97,12 @@ def status_tables(status: Status) -> list[Table]:
         requests = f"{load.num_queued}/{load.num_running}/{load.num_waiting}"
         ledger = "ok" if load.ledger_balanced else "LEAK"
         workers.add_row(load.worker_id, load.state, requests, *map(str, numbers), ledger)
+    links = Table("KV from", "over", "to", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for load in status.workers:
+        for transport in sorted({link.transport for link in load.links}):
+            there = ", ".join(link.worker_id for link in load.links if link.transport == transport)
+            links.add_row(load.worker_id, transport, there)
     events = Table("at", "event")
     for event in status.events:
         events.add_row(time.strftime("%H:%M:%S", time.localtime(event.at_unix_s)), event.message)
-    return [workers, events]
+    return [workers, links, events]

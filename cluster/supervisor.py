@@ -149,7 +149,7 @@ class Supervisor:
             worker_id=worker_id,
             incarnation=secrets.token_hex(4),
             role=role,
-            engine=self._config.engine,
+            engine=self._config.engine_of(role),
             hash_key=self._hash_key,
             lease=self._config.lease,
             bind_host=self._config.worker_bind_host,

@@ -1,5 +1,6 @@
 """What is copied from host memory back to the device, and who waits for it: a new request whose prefix goes on in host
-memory waits for a load, unless computing it is quicker.
+memory waits for a load, unless computing it is quicker. Where there is no room for it yet, it is asked again when its
+turn has come to be computed.
 
 A load is a pull from oneself. What it brings goes into the prefix cache, and the request then goes on like any other:
 whoever needs the memory meanwhile may have it, and what is missing is pulled or recomputed."""
@@ -72,24 +73,19 @@ class HostLoads:
 
     def add(self, request: Request, now: float) -> list[CopyBlocks] | None:
         """Wait for a load under way that brings what it lacks, or begin one; None where it need not wait."""
-        if self._config is None:
-            return None
-        hashes, num_held = self._manager.prefix(request)
-        if num_held == len(hashes):
-            return None
-        joined = self._load_by_hash.get(hashes[num_held])
-        if joined is not None:
-            self._wait(request, joined, now)
-            return []
-        stop = num_held + self._host.num_cached(hashes[num_held:])
-        if not self._is_quicker(stop - num_held):
-            return None
-        load = _Load(hashes[:stop], num_held)
-        copy = self._begin(load)
-        if copy is None:
-            return None
-        self._wait(request, load, now)
-        return [copy]
+        return self._add(request, now, self._scheduler.num_spoken_for_blocks)
+
+    def add_next(self, now: float) -> list[CopyBlocks]:
+        """The same for those whose turn it is in the scheduler's queue: when they came there was no room, or another
+        had to go first."""
+        copies: list[CopyBlocks] = []
+        while self._config is not None and (request := self._scheduler.next_to_start) is not None:
+            begun = self._add(request, now, len(self._scheduler.running))
+            if begun is None:
+                break
+            self._scheduler.withdraw(request)
+            copies += begun
+        return copies
 
     def end(self, request: Request) -> None:
         """The request ends here. The load goes on: it takes less time than to give it up."""
@@ -104,9 +100,31 @@ class HostLoads:
 
     def lost(self, copy_id: bytes) -> list[Request]:
         """What is in the device's blocks now is anything. Those that waited must not ask for the same again."""
+        for request in self._loads[copy_id].requests:
+            request.has_lost_load = True
         return self._end(copy_id)
 
     # --- inside -----------------------------------------------------------------------------------------------------
+
+    def _add(self, request: Request, now: float, num_spare_blocks: int) -> list[CopyBlocks] | None:
+        if self._config is None or request.has_lost_load:
+            return None
+        hashes, num_held = self._manager.prefix(request)
+        if num_held == len(hashes):
+            return None
+        joined = self._load_by_hash.get(hashes[num_held])
+        if joined is not None:
+            self._wait(request, joined, now)
+            return []
+        stop = num_held + self._host.num_cached(hashes[num_held:])
+        if not self._is_quicker(stop - num_held):
+            return None
+        load = _Load(hashes[:stop], num_held)
+        copy = self._begin(load, num_spare_blocks)
+        if copy is None:
+            return None
+        self._wait(request, load, now)
+        return [copy]
 
     def _is_quicker(self, num_blocks: int) -> bool:
         """Than computing, behind the loads that are under way."""
@@ -115,10 +133,9 @@ class HostLoads:
         load_s = (num_blocks_before + num_blocks) * self._block_size * self._config.s_per_token
         return load_s < num_blocks * self._block_size * self._speed.s_per_token
 
-    def _begin(self, load: _Load) -> CopyBlocks | None:
+    def _begin(self, load: _Load, num_spare_blocks: int) -> CopyBlocks | None:
         """None where the device has no room that nobody who is here needs."""
         copy_id, hashes = self._new_copy_id(), load.block_hashes
-        num_spare_blocks = self._scheduler.num_spoken_for_blocks
         granted = self._manager.grant_prefix(copy_id, hashes, load.first_block, num_spare_blocks)
         if granted is None:
             return None

@@ -51,6 +51,7 @@ class Request:
         self.unasked_home_ids = list(generate.home_worker_ids)  # homes that it may still pull from
         self.return_worker_id = generate.return_worker_id
         self.pulling_since: float | None = None  # its first pull, or load from host memory
+        self.has_lost_load = False  # from host memory: what is there is computed then
         self.pulled_blocks: set[int] = set()  # places in its table whose blocks a pull brought into the cache
         self.borrowed_blocks: list[int] = []  # those of them that the home keeps, where others will look for them
 

@@ -98,6 +98,17 @@ class Scheduler:
         self._leave_queues(request)
         request.status = RequestStatus.HANDING_OFF
 
+    @property
+    def next_to_start(self) -> Request | None:
+        """The first that waits, where it has never run and could as soon as there is room for it."""
+        head = self.waiting[0] if self.waiting and len(self.running) < self._config.max_num_seqs else None
+        return head if head is not None and head.status is RequestStatus.WAITING and self._is_fresh(head) else None
+
+    def withdraw(self, request: Request) -> None:
+        """Take a request off the queue that waits there without blocks; add brings it back."""
+        assert self._is_fresh(request)
+        self._leave_queues(request)
+
     def remove(self, request: Request) -> None:
         """The request has ended. Its blocks are freed, after the step where one is under way with them."""
         self._leave_queues(request)
@@ -256,6 +267,9 @@ class Scheduler:
         is_preempted = status is RequestStatus.PREEMPTED
         request.waiting_order = (not takes_memory, -request.priority, not is_preempted, request.arrival)
         insort(self.waiting, request, key=lambda each: each.waiting_order)
+
+    def _is_fresh(self, request: Request) -> bool:
+        return not self._manager.block_table(request) and request.open_transfer_id is None
 
     def _leave_queues(self, request: Request) -> None:
         for queue in (self.waiting, self.running):

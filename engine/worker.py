@@ -20,8 +20,7 @@ from engine.config import HostTierConfig, SchedulerConfig
 from engine.engine_thread import EngineThread
 from engine.host_copies import HostCopies
 from engine.host_memory import HostMemory
-from engine.model_loader import ModelFacts, load_model, read_model_facts
-from engine.model_runner import ModelRunner
+from engine.model_facts import ModelFacts, read_model_facts
 from engine.modelled_runner import ModelledRunner
 from engine.paged_kv_cache import PagedKVCache, num_blocks_for
 from engine.transfer_port import TransferPort
@@ -30,7 +29,7 @@ from engine.worker_core import WorkerCore
 from engine.worker_health import WorkerHealth
 from engine.worker_host import WorkerHost
 from protos import worker_pb2_grpc as pb_grpc
-from protos.types import KVLayout, PeerRef, Role
+from protos.types import KVLayout, PeerRef
 
 logger = logging.getLogger("twinring.engine")
 
@@ -78,6 +77,10 @@ class Worker:
         torch.set_num_threads(engine.num_threads)
         self._progress = "reading weights"
         if engine.modelled_hardware is None:
+            # Only here: the process that launches workers knows this class and runs no model.
+            from engine.model_loader import load_model
+            from engine.model_runner import ModelRunner
+
             loaded = load_model(engine.model, engine.dtype, engine.device, engine.fused)
             self._allocate(loaded.facts)
             self._execute = ModelRunner(loaded, self._kv_cache).execute
@@ -95,12 +98,11 @@ class Worker:
         kv_nbytes_per_token = layout.block_nbytes // layout.block_size
         self._config = replace(scheduler_config(engine, facts.max_model_len), kv_nbytes_per_token=kv_nbytes_per_token)
         self._host_memory: HostMemory | None = None
-        if engine.host_cache_bytes and self._spec.role is Role.PREFILL:
+        if engine.host_cache_bytes:
             self._allocate_host(layout)
         self._facts = facts
 
     def _allocate_host(self, layout: KVLayout) -> None:
-        """What a decode worker has generated is looked for at its home, so it needs no second tier."""
         self._progress = "allocating host memory"
         engine = self._spec.engine
         num_blocks = num_blocks_for(engine.host_cache_bytes, layout, "host_cache_bytes")

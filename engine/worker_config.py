@@ -24,7 +24,7 @@ class EngineConfig:
     hash_block_size: int = 64  # that one link of a prompt's hash chain covers; what prefixes are matched by
     kv_cache_bytes: int = 256 << 20  # of each worker
     num_blocks: int | None = None  # overrides kv_cache_bytes and what modelled hardware holds
-    host_cache_bytes: int = 0  # memory of its machine in which each prefill worker keeps evicted KV; 0: none
+    host_cache_bytes: int = 0  # host memory for KV that was evicted; decode workers: by decode_engine only; 0: none
     enable_prefix_caching: bool = True  # keep blocks of ended requests, and find them by their hashes
     max_migration_tail_blocks: int = 1  # a decode that migrates stops when so many of its KV blocks are left to send
     fused: bool = True  # faster layers in place of transformers' own

@@ -251,7 +251,7 @@ class WorkerCore:
         """The next step (None: nothing to compute) and the transfers to open or to give up before it runs.
 
         update_from_output must follow before the next call."""
-        effects = self._pulls.expire(now)
+        effects = [*self._pulls.expire(now), *self._loads.add_next(now)]
         output = self._scheduler.schedule(now)
         effects += self._migrations.end_preempted()
         for scheduled in output.scheduled if output else ():

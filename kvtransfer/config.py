@@ -14,7 +14,7 @@ class TransferConfig:
     """Two workers can move KV only where chunk_nbytes and checksum agree; every other knob is each worker's own."""
 
     chunk_nbytes: int = 4 << 20  # one wire operation; a block larger than this is a chunk of its own
-    num_staging_chunks: int = 4  # per side of a link: how deep chunks pipeline
+    num_staging_chunks: int = 4  # at the source of a link: how many are gathered ahead
     chunk_timeout_s: float = 1.0  # one chunk on the wire
     offer_timeout_s: float = 5.0  # for the other worker's engine to answer an offer or an ask
     expect_timeout_s: float = 2.0  # how long an offer may precede the router's announcement
@@ -46,6 +46,13 @@ class TransferConfig:
     def answer_timeout_s(self) -> float:
         """How long the peer may take to answer what only it can do: one chunk on the wire, one verified and written."""
         return 2 * self.chunk_timeout_s
+
+    @property
+    def num_receives(self) -> int:
+        """That a link's destination has posted and is not done with: one that comes or is being written, and one behind
+        it, so that neither end waits. A third would stand before whatever is announced next: once given, the numbers of
+        a link are not taken back."""
+        return min(self.num_staging_chunks, 2)
 
     def num_chunk_blocks(self, block_nbytes: int) -> int:
         return max(1, self.chunk_nbytes // block_nbytes)

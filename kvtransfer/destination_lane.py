@@ -53,7 +53,7 @@ class DestinationLane:
         self._link = link
         self._store = store
         num_slot_blocks = config.num_chunk_blocks(store.layout.block_nbytes)
-        self._ring = StagingRing(store.layout, config.num_staging_chunks, num_slot_blocks, private_memory)
+        self._ring = StagingRing(store.layout, config.num_receives, num_slot_blocks, private_memory)
         self._verifies = config.checksum != "none"
         self._checksum = checksum_of(config.checksum)
         self._corrupt = _flip_bytes if config.failpoint == "flip_received_bytes" else None
@@ -94,7 +94,7 @@ class DestinationLane:
         self._thread.close(self._join_timeout_s)
 
     def _post_waiting(self) -> None:
-        while (chunk := self._turns.take(self._ring.num_free)) is not None:
+        while (chunk := self._turns.take(self._ring.num_free, num_kept=0)) is not None:
             slot = self._ring.take()
             assert slot is not None
             chunk.slot, chunk.number = slot, self._next_number

@@ -8,7 +8,7 @@ from enum import Enum, auto
 
 from kvtransfer.config import TransferConfig
 from kvtransfer.messages import Abort, Accept, Ack, Chunk, Commit, Offer, Refuse, Stamp, clip
-from kvtransfer.transfer import AbortAsked, CancelWork, LinkLost, Received, Tell, Tick
+from kvtransfer.transfer import ASKED_FOR, AbortAsked, CancelWork, LinkLost, Received, Tell, Tick
 from protos.types import TransferFailure, TransferKind
 
 
@@ -185,6 +185,9 @@ class DestinationTransfer:
             return [Tell(Refuse(offer.stamp, _ANOTHER))]
         if self.state is State.EXPECTED:
             return self._ask_host(offer)
+        if self.state is State.NEW and offer.kind in ASKED_FOR:
+            self.state = State.DONE
+            return [Tell(Refuse(offer.stamp, "nobody here waits for it any more"))]
         if self.state is State.NEW:
             self._offer = offer
             self.state = State.PARKED

@@ -1,22 +1,25 @@
 """Links between two processes of one machine: what is posted lies in memory that both have, and the receiver reads it
 there, so that nothing is copied on the way. Decides when the sender may write there again: once the receiver has said
-that it has read it. A socket between the two carries those words, and its end tells each that the other is gone.
+that it has read it. A socket between the two carries those words, and its end tells each that the other is gone; who
+waits for a word also looks at the other's mark in the shared memory, which tells of a killed one sooner.
 The receiver waits for the sender, as over gloo."""
 
 from __future__ import annotations
 
 import logging
 import os
+import select
 import socket
 import struct
 import threading
+import time
 from collections.abc import Callable
 from contextlib import suppress
-from queue import Empty, SimpleQueue
 
 import torch
 
 from kvtransfer.config import TransferConfig
+from kvtransfer.life_mark import MARK_NBYTES, is_marked, marking
 from kvtransfer.local_socket import Beacon, MeetingPoint, go_to
 from kvtransfer.messages import LinkOffer
 from kvtransfer.segment import make_segment, map_segment, receive_segment, send_segment
@@ -27,16 +30,18 @@ logger = logging.getLogger("twinring.kvtransfer")
 _WORD = struct.Struct("<QQQ")  # operation, offset, bytes; the same word back: read
 _NOWHERE = (1 << 64) - 1  # the offset of filler
 _ALIGNMENT = 8  # of an offset: that of every dtype, and of a checksum's words
-_MAX_NUM_UNAWAITED = 1024  # far more than are ever open at once
+_LOOK_S = 0.02  # at the other's mark
 
 OnUnusable = Callable[[OSError], None]
 
 
 class SharedMemoryLink:
     """Invariant: once `_failure` is set, every call raises LinkFailed; it is set once, and told unless by close.
-    `_words` has those that came and that nobody has waited for yet, in order, and then None if the link has failed."""
+    Words that came and that nobody has waited for yet are in the socket, whose end comes behind them.
+    `_marks` lie behind `_memory`: the sender's, the receiver's."""
 
     transport = "shared_memory"
+    _side: int  # of the marks this end's
 
     def __init__(self, wait_s: float, config: TransferConfig, on_failure: OnFailure, on_unusable: OnUnusable) -> None:
         self._wait_s = wait_s
@@ -44,14 +49,14 @@ class SharedMemoryLink:
         self._on_failure = on_failure
         self._on_unusable = on_unusable
         self._lock = threading.Lock()
+        self._waiting = threading.Lock()  # held by whoever reads the socket
         self._failure = ""
         self._socket: socket.socket | None = None
         self._canary: threading.Thread | None = None
-        self._memory = torch.empty(0, dtype=torch.uint8)
+        self._unmap()
         self._posted: dict[int, torch.Tensor] = {}
         self._next_number = 0
-        self._words: SimpleQueue[tuple[int, int] | None] = SimpleQueue()  # offset, bytes
-        self._num_heard = self._num_awaited = 0
+        self._num_awaited = 0
 
     def connect(self) -> None:
         self._raise_if_failed()
@@ -60,11 +65,11 @@ class SharedMemoryLink:
         except OSError as error:
             self.fail(str(error))
             raise LinkFailed(str(error)) from None
-        end.settimeout(None)
+        end.settimeout(_LOOK_S)
         with self._lock:
             if not self._failure:
                 self._socket = end
-                self._canary = threading.Thread(target=self._listen, args=(end,), name="kv-canary", daemon=True)
+                self._canary = threading.Thread(target=self._watch, args=(end.fileno(),), name="kv-canary", daemon=True)
                 self._canary.start()
                 return
         end.close()
@@ -73,15 +78,13 @@ class SharedMemoryLink:
     def wait(self, number: int) -> torch.Tensor:
         assert number == self._num_awaited, "operations of a link are awaited in order"
         self._num_awaited += 1
-        try:
-            word = self._words.get(timeout=self._wait_s)
-        except Empty:
-            self.fail(f"operation {number} missed its deadline")
-            word = None
-        if word is None:
-            self._words.put(None)  # for whoever waits next
+        with self._waiting:
+            said = self._next_word(number)
+        if len(said) != _WORD.size or _WORD.unpack(said)[0] != number:
+            self.fail("the peer broke the link's rules")
             raise LinkFailed(self._failure)
-        return self._where(self._posted.pop(number), *word)
+        _, offset, num_bytes = _WORD.unpack(said)
+        return self._where(self._posted.pop(number), offset, num_bytes)
 
     def fail(self, reason: str) -> None:
         if self._set_failure(reason):
@@ -95,8 +98,40 @@ class SharedMemoryLink:
         if canary is not None:
             canary.join(self._connect_timeout_s)
         if end is not None:
-            end.close()
+            with self._waiting:
+                end.close()
+        self._unmap()
+
+    def _next_word(self, number: int) -> bytes:
+        """LinkFailed where none comes. What was said before a failure is still heard."""
+        end, theirs, deadline = self._socket, self._marks[1 - self._side], time.monotonic() + self._wait_s
+        while end is not None:
+            try:
+                if said := end.recv(_WORD.size + 1):
+                    return said
+                self.fail("the peer is gone")
+            except TimeoutError:
+                if is_marked(theirs):
+                    self.fail("the peer was killed")
+                elif time.monotonic() > deadline:
+                    self.fail(f"operation {number} missed its deadline")
+            except OSError as error:
+                self.fail(str(error))
+            if self._failure:
+                break
+        raise LinkFailed(self._failure)
+
+    def _unmap(self) -> None:
         self._memory = torch.empty(0, dtype=torch.uint8)
+        self._marks = torch.zeros(2, MARK_NBYTES, dtype=torch.uint8)
+
+    def _share(self, descriptor: int) -> None:
+        """OSError where it cannot be had, or is not a link's."""
+        whole = map_segment(descriptor)
+        if whole.numel() % MARK_NBYTES or whole.numel() <= self._marks.numel():
+            raise OSError(f"{whole.numel()} bytes of shared memory are not a link's")
+        self._memory, marks = whole[: -self._marks.numel()], whole[-self._marks.numel() :]
+        self._marks = marks.view(2, MARK_NBYTES)
 
     def _meet(self) -> socket.socket:
         """The other end, memory shared. OSError where it is not there."""
@@ -122,30 +157,19 @@ class SharedMemoryLink:
             self.fail(str(error))
             raise LinkFailed(self._failure) from None
 
-    def _listen(self, end: socket.socket) -> None:
-        while True:
-            try:
-                said = end.recv(_WORD.size + 1)
-            except OSError as error:
-                return self.fail(str(error))
-            if not said:
-                return self.fail("the peer is gone")
-            if len(said) != _WORD.size or not self._hear(*_WORD.unpack(said)):
-                return self.fail("the peer broke the link's rules")
-
-    def _hear(self, number: int, offset: int, num_bytes: int) -> bool:
-        if number != self._num_heard or self._words.qsize() >= _MAX_NUM_UNAWAITED:
-            return False
-        self._num_heard += 1
-        self._words.put((offset, num_bytes))
-        return True
+    def _watch(self, descriptor: int) -> None:
+        """For the end of the connection: what is said on it, others hear."""
+        connection = select.poll()
+        connection.register(descriptor, 0)
+        with marking(self._marks[self._side]):
+            connection.poll()
+        self.fail("the peer is gone")
 
     def _set_failure(self, reason: str) -> bool:
         """And let the other end know."""
         with self._lock:
             is_first = not self._failure
             self._failure = self._failure or reason
-            self._words.put(None)
             if is_first and self._socket is not None:
                 with suppress(OSError):  # the other end was first
                     self._socket.shutdown(socket.SHUT_RDWR)
@@ -159,6 +183,8 @@ class SharedMemoryLink:
 class SharedMemorySender(SharedMemoryLink):
     """An operation is done when the receiver has read it: its deadline allows for that."""
 
+    _side = 0
+
     def __init__(
         self, offer: LinkOffer, config: TransferConfig, on_failure: OnFailure, on_unusable: OnUnusable
     ) -> None:
@@ -168,13 +194,14 @@ class SharedMemorySender(SharedMemoryLink):
 
     def allocate(self, num_bytes: int) -> torch.Tensor:
         try:
-            self._descriptor = make_segment(num_bytes)
-            self._memory = map_segment(self._descriptor)
+            num_lines = -(-num_bytes // MARK_NBYTES)
+            self._descriptor = make_segment(num_lines * MARK_NBYTES + self._marks.numel())
+            self._share(self._descriptor)
         except OSError as error:
             self._close_descriptor()
             self._on_unusable(error)
             raise LinkFailed(f"no shared memory: {error}") from None
-        return self._memory
+        return self._memory[:num_bytes]
 
     def post(self, number: int, staged: torch.Tensor) -> None:
         self._take_number(number, staged)
@@ -208,6 +235,8 @@ class SharedMemorySender(SharedMemoryLink):
 
 
 class SharedMemoryReceiver(SharedMemoryLink):
+    _side = 1
+
     def __init__(self, config: TransferConfig, on_failure: OnFailure, on_unusable: OnUnusable) -> None:
         super().__init__(config.chunk_timeout_s, config, on_failure, on_unusable)
         self._meeting = MeetingPoint()
@@ -228,7 +257,7 @@ class SharedMemoryReceiver(SharedMemoryLink):
     def _meet(self) -> socket.socket:
         end = self._meeting.meet(self._connect_timeout_s)
         try:
-            self._memory = self._mapped(receive_segment(end))
+            self._take_in(receive_segment(end))
             end.send(b"!")
         except OSError:
             end.close()
@@ -236,9 +265,9 @@ class SharedMemoryReceiver(SharedMemoryLink):
         self._meeting.close()
         return end
 
-    def _mapped(self, descriptor: int) -> torch.Tensor:
+    def _take_in(self, descriptor: int) -> None:
         try:
-            return map_segment(descriptor)
+            self._share(descriptor)
         except OSError as error:
             self._on_unusable(error)
             raise

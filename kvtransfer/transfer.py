@@ -63,7 +63,8 @@ said, it has not. A source that committed and was closed without an ack cannot k
 
 A handoff and a migration are announced by the router; pulls and returns by the destination's own host, which has asked
 for them. Where the other worker answers that it offers nothing, the destination drops what it has EXPECTED, and its
-host hears of that instead (asks.py).
+host hears of that instead (asks.py). These two are announced before anybody can offer them: one that is offered and not
+known has ended since, and is not PARKED but refused at once.
 """
 
 from __future__ import annotations
@@ -75,6 +76,7 @@ from protos.types import TransferKind
 
 # Whose chunks go first where several wait for one link.
 URGENCY = (TransferKind.HANDOFF, TransferKind.MIGRATE, TransferKind.PULL, TransferKind.RETURN)
+ASKED_FOR = (TransferKind.PULL, TransferKind.RETURN)  # by the destination, before they are offered
 
 # --- events of both sides ---------------------------------------------------------------------------------------------
 

@@ -20,7 +20,7 @@ Chunk = TypeVar("Chunk", bound=Waiting)
 
 class Turns(Generic[Chunk]):
     """The most urgent transfers go first, and take turns: of them next is the one that has the fewest slots, then the
-    one whose turn was the longest ago. So a long transfer delays a short one by the chunks that are under way, however
+    one whose turn was the longest ago. So a long transfer delays a short one by the chunks that have slots, however
     long it is. Invariant: `_queues` has the transfers that wait, none of them empty; `_num_held` the chunks between
     `take` and `give_back`."""
 
@@ -31,12 +31,12 @@ class Turns(Generic[Chunk]):
     def wait(self, chunk: Chunk) -> None:
         self._queues.setdefault(chunk.transfer_id, deque()).append(chunk)
 
-    def take(self, num_free: int) -> Chunk | None:
-        """For one of num_free slots; the last one is kept for a transfer that has none."""
+    def take(self, num_free: int, num_kept: int = 1) -> Chunk | None:
+        """For one of num_free slots; the last num_kept are for transfers that have none."""
         if not self._queues or not num_free:
             return None
         next_id = min(self._queues, key=lambda each: (self._queues[each][0].urgency, self._num_held[each]))
-        if num_free == 1 and self._num_held[next_id]:
+        if num_free <= num_kept and self._num_held[next_id]:
             return None
         queue = self._queues.pop(next_id)
         chunk = queue.popleft()

@@ -139,6 +139,8 @@ def worker_load(worker: KnownWorker, view: WorkerView | None) -> pb.WorkerLoad:
         load.num_pending_prefill_tokens = stats.num_pending_prefill_tokens
         load.prefill_s_per_token = stats.prefill_s_per_token
         load.warm_links.extend(stats.warm_links)
+        connected = (link for link in stats.transfers.links if link.transport)
+        load.links.extend(pb.WarmLink(worker_id=link.worker_id, transport=link.transport) for link in connected)
     return load
 
 

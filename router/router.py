@@ -359,7 +359,8 @@ class Router:
         if view is attempt.plan.decoding_worker and view.worker_id not in attempt.reported:
             self.planner.decode.note_held(view, in_flight.links)
         attempt.reported.add(view.worker_id)
-        view.note_prefilled(in_flight.request_id)
+        # By whomever: where the KV was lost on its way, the prefill worker gives the request up without a word.
+        attempt.plan.prefill.note_prefilled(in_flight.request_id)
         return self._commit(in_flight, view, output, now)
 
     def _commit(self, in_flight: InFlight, view: WorkerView, output: TokenOutput, now: float) -> list[Effect]:

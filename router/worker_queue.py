@@ -13,7 +13,9 @@ from router.work_by_length import WorkByLength
 class WorkerQueue:
     """Invariant: `num_tokens` and `_work` are the sums over the entries; on_change is called after every change.
 
-    A request that is queued holds nothing on any worker."""
+    A request that is queued holds nothing on any worker. One that is sent cannot keep the credit for good: its first
+    token, from either worker, or its end gives it back; reports are lost only with the stream that carries them, and
+    with that (it breaks, or no heartbeat comes) the router gives up this worker with queue, credit and all."""
 
     def __init__(self, order: QueueOrder, dispatch_tokens: int, on_change: Callable[[], None]) -> None:
         self.num_tokens = 0

@@ -304,7 +304,7 @@ class TransferAgent:
             setup = self._links.setup
             self._incoming[peer] = DestinationLane(
                 self._clock,
-                self._config.num_staging_chunks,
+                self._config.num_receives,
                 setup.scatter_s_per_byte,
                 self._on_posted,
                 self._on_chunk_ended,

@@ -30,9 +30,9 @@ SHELLS: dict[str, str] = {
     "engine": """attention engine_thread fused_modules half_weights host_copies host_memory local_engine logits
         model_facts model_loader model_runner paged_kv_cache request_owners router_session sampler step_inputs
         transfer_port worker worker_health worker_host""",
-    "kvtransfer": """agent asks block_store destination_lane destination_side gloo_link greeter lane_thread local_socket
-        memory_link outgoing_peer peer_channel segment shared_memory_link source_lane source_side staging transport
-        transports""",
+    "kvtransfer": """agent asks block_store destination_lane destination_side gloo_link greeter lane_thread life_mark
+        local_socket memory_link outgoing_peer peer_channel segment shared_memory_link source_lane source_side staging
+        transport transports""",
     "router": """call_writer calls client_call cluster_service driver front_door grpc_call http_app http_requests
         http_server link_metrics membership metrics openai.api orders prompts pull_metrics reply
         responses server tls worker_channel worker_metrics""",
@@ -41,7 +41,7 @@ SHELLS: dict[str, str] = {
     "simulator": "command runs",
     "bench": "load.client load.command load.probe load.runner",
     "cluster": """actors aio_client cli client client_messages demo fit ray_call ray_cluster ray_node router_handle
-        routers scrape serve show sigterm supervisor wait_for""",
+        routers scrape serve show supervisor wait_for""",
 }
 SHELL_MODULES = {f"{folder}.{name}" for folder, names in SHELLS.items() for name in names.split()}
 

@@ -49,7 +49,8 @@ def test_version() -> None:
 @pytest.mark.ray
 @pytest.mark.slow
 def test_generate_status_and_stop(tmp_path: Path) -> None:
-    with serving(tmp_path, settings=PATIENT) as server:  # the demo model
+    sizes = ("engine.num_blocks=200", "prefill_engine.num_blocks=100")
+    with serving(tmp_path, settings=(*PATIENT, *sizes)) as server:  # the demo model
         answer = twinring(
             "generate", "This program is free software", "--address", server.address, "--max-tokens", "30"
         )
@@ -58,7 +59,8 @@ def test_generate_status_and_stop(tmp_path: Path) -> None:
         assert "disaggregated" in answer.stderr
         status = json.loads(twinring("status", "--json", "--address", server.address).stdout)
         assert status["ready"] is True
-        assert {worker["worker_id"] for worker in status["workers"]} == {"decode-0", "prefill-0"}
+        num_blocks = {worker["worker_id"]: worker["num_blocks"] for worker in status["workers"]}
+        assert num_blocks == {"decode-0": 200, "prefill-0": 100}
         assert "prefill-0" in twinring("status", "--address", server.address).stdout
         refused = twinring("generate", "", "--address", server.address)
         assert refused.returncode == 1

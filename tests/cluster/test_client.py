@@ -96,6 +96,8 @@ def test_what_operators_ask(client: Client, server: Server) -> None:
     status = client.status()
     assert status.ready and status.mode == "disaggregated"
     assert [load.worker_id for load in client.loads()] == [load.worker_id for load in status.workers]
+    links = {load.worker_id: {one.worker_id: one.transport for one in load.links} for load in status.workers}
+    assert links["prefill-0"]["decode-0"] == "shared_memory", links
     assert client.model_info().vocab_size == 300
     info = client.server_info()
     assert (info.mode, info.max_model_len, info.version) == ("disaggregated", 2048, status.version)
@@ -119,6 +121,7 @@ def test_the_command_line(server: Server) -> None:
     assert (route["prefill_worker"], route["decode_worker"], route["prompt_tokens"]) == ("prefill-0", "decode-0", 2)
     shown = twinring("explain", "hi", "--chat").stdout
     assert f"prefill on prefill-0: {route['prefill_reason'][:8]}" in shown
+    assert "prefill-0 shared_memory decode-0" in " ".join(twinring("status").stdout.split())
     refused = twinring("explain", "")
     assert (refused.exit_code, "INVALID_ARGUMENT: text" in refused.stderr) == (1, True)
 

@@ -67,6 +67,42 @@ def test_a_worker_is_sent_what_two_of_its_steps_compute_unless_told_otherwise() 
     assert load_config(None, changes).router.dispatch_tokens == 0
 
 
+def test_pools_may_be_sized_apart(tmp_path: Path) -> None:
+    path = tmp_path / "twinring.yaml"
+    path.write_text(
+        "engine: {num_blocks: 300, max_num_seqs: 8, pulls: {max_served: 2, base_s: 0.5}}\n"
+        "prefill_engine: {num_blocks: 90, max_num_batched_tokens: 1000}\n"
+        "decode_engine: {pulls: {max_served: 0}}\n"
+    )
+    config = load_config(str(path), {"decode_engine.num_blocks": 400})
+    prefill, decode = config.engine_of(Role.PREFILL), config.engine_of(Role.DECODE)
+    assert (prefill.num_blocks, prefill.max_num_batched_tokens, prefill.max_num_seqs) == (90, 1000, 8)
+    assert (decode.num_blocks, decode.max_num_batched_tokens, decode.max_num_seqs) == (400, 512, 8)
+    assert prefill.pulls == PullConfig(max_served=2, base_s=0.5)
+    assert decode.pulls == PullConfig(max_served=0, base_s=0.5)
+    assert config.router.dispatch_tokens == 2000, "two steps of those that prefill"
+
+
+def test_pools_are_alike_unless_told_otherwise() -> None:
+    config = load_config(None, {"prefill_engine": {}, "decode_engine": None, "engine.num_blocks": 7})
+    assert config.engine_of(Role.PREFILL) == config.engine_of(Role.DECODE) == config.engine
+
+
+def test_decode_workers_have_host_memory_only_where_it_is_asked_for_there() -> None:
+    config = load_config(None, {"engine.host_cache_bytes": 1000, "decode_engine.num_blocks": 9})
+    alone = load_config(None, {"engine.host_cache_bytes": 1000})
+    for each in (config, alone):
+        assert each.engine_of(Role.PREFILL).host_cache_bytes == 1000
+        assert each.engine_of(Role.DECODE).host_cache_bytes == 0
+    asked = load_config(None, {"decode_engine.host_cache_bytes": 2000})
+    assert [asked.engine_of(role).host_cache_bytes for role in Role] == [0, 2000]
+
+
+def test_colocated_workers_have_the_host_memory_of_the_engine() -> None:
+    config = load_config(None, {"engine.host_cache_bytes": 1000, "router.mode": "colocated"})
+    assert {config.engine_of(role).host_cache_bytes for _, role in worker_slots(config)} == {1000}
+
+
 def test_ray_address_comes_from_the_environment_unless_given(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
     assert load_config().ray.address == "10.0.0.1:6379"
@@ -106,6 +142,22 @@ def test_ray_address_comes_from_the_environment_unless_given(monkeypatch: pytest
         ("router: {tls_key: key.pem}", "tls_cert and tls_key go together: tls_cert is not set"),
         ("router: {tenants: []}", "router.tenants cannot be set here: tenants_file names the file"),
         ("engine: 5", "engine must be a mapping, got 5"),
+        ("decode_engine: 5", "decode_engine must be a mapping, got 5"),
+        ("decode_engine: {num_block: 5}", "unknown setting decode_engine.num_block; known: .*num_blocks"),
+        ("decode_engine: {num_blocks: few}", "decode_engine.num_blocks: .*got 'few'"),
+        ("decode_engine: {num_blocks: 0}", "decode_engine: .*num_blocks, or num_kv_tokens"),
+        (
+            "prefill_engine: {block_size: 128}",
+            "prefill_engine.block_size is 128, engine.block_size is 64: set engine.block_size only",
+        ),
+        ("decode_engine: {dtype: bfloat16}", "decode_engine.dtype is bfloat16, engine.dtype is float32"),
+        ("decode_engine: {model: /b}", "decode_engine.model is /b, engine.model is .*: set engine.model only"),
+        ("decode_engine: {modelled: 8b-h100}", "decode_engine.modelled is 8b-h100, engine.modelled is None"),
+        (
+            "{router: {mode: colocated}, decode_engine: {num_blocks: 9}}",
+            "decode_engine is set, but in mode colocated every worker does both",
+        ),
+        ("{prefill_engine: {pulls: null}, router: {returns: true}}", "router.returns is on, but no worker takes any"),
         ("- a list", "expected a mapping"),
         ("a: [", "config"),
     ],

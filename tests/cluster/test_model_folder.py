@@ -11,8 +11,9 @@ import pytest
 
 from cluster.config import load_config
 from cluster.model_folder import model_folder, model_name
-from cluster.serve import served_model, with_folder
+from cluster.serve import kv_estimate, served_model, with_folder
 from engine.model_loader import ModelLoadError, load_model, read_model_facts
+from protos.types import Role
 from tests.tiny_models import save_tiny_model
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -80,6 +81,18 @@ def test_clients_see_the_id_and_workers_get_the_folder(hub_cache: Path, tmp_path
     assert served.decode(served.encode("text")) == "text"
     engine = with_folder(config, facts).engine
     assert engine == replace(config.engine, model=str(facts.path))
+
+
+def test_workers_of_both_roles_get_the_folder(hub_cache: Path) -> None:
+    changes = {"prefill_engine.num_blocks": 5, "decode_engine.num_blocks": 9}
+    config = load_config(None, {"hub_cache": str(hub_cache), "engine.model": "acme/tiny-llama", **changes})
+    facts = read_model_facts(model_folder(config.engine.model, config.hub_cache))
+    made = with_folder(config, facts)
+    seen = [(made.engine_of(role).model, made.engine_of(role).num_blocks) for role in Role]
+    assert seen == [(str(facts.path), 5), (str(facts.path), 9)]
+    assert kv_estimate(config, facts).startswith("each prefill worker fits 320 tokens of KV (5 blocks, ")
+    assert "; each decode worker fits 576 tokens of KV (9 blocks, " in kv_estimate(config, facts)
+    assert kv_estimate(load_config(None, {"engine.num_blocks": 5}), facts).startswith("each worker fits 320 tokens")
 
 
 @pytest.mark.parametrize("model", ["/models/tiny", "/models/tiny/", "models/sub/tiny"])

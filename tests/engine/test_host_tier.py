@@ -283,15 +283,33 @@ def test_late_repeated_and_unknown_events_change_nothing() -> None:
     assert each.core.ledger() == before
 
 
-def test_without_room_on_the_device_nothing_is_loaded() -> None:
+def test_what_finds_no_room_is_loaded_when_its_turn_has_come() -> None:
     each = spilled()
     each.submit(generate("big", OTHER, max_tokens=4))
     each.begin_step()
     assert copies(each.submit(generate("again", PROMPT, max_tokens=1))) == []
     each.end_step()
-    each.run()
+    begun = copies(each.run())  # to the end of the other one, which is saved then
+    assert [one.direction for one in begun] == [CopyDirection.TO_HOST, CopyDirection.TO_DEVICE]
+    assert each.core.stats().num_waiting == 1 and not each.tokens_of("again")
     each.end_copies()
+    each.run()
     assert each.tokens_of("again") == expected_output(PROMPT, 1)
+    assert num_hits(each, "again") == 16
+
+
+def test_who_waits_for_a_load_in_its_turn_holds_nobody_up() -> None:
+    each = spilled()
+    each.submit(generate("big", OTHER, max_tokens=4))
+    each.begin_step()
+    each.submit(generate("again", PROMPT, max_tokens=1))
+    each.submit(generate("new", [90, 91, 92], max_tokens=1))
+    each.end_step()
+    each.run()
+    assert each.tokens_of("new") == expected_output([90, 91, 92], 1) and not each.tokens_of("again")
+    each.on(Abort("again", 1))
+    each.end_copies()
+    quiet(each)
 
 
 # --- with other workers ---------------------------------------------------------------------------------------------

@@ -138,8 +138,12 @@ async def serving(*workers: Worker) -> AsyncIterator[list[RouterStream]]:
     assert [each.name for each in threading.enumerate() if each.name.startswith("twinring-")] == []
 
 
-async def test_a_worker_brings_back_what_its_device_evicted(model: Path, expected: list[list[int]]) -> None:
-    async with serving(PrefillWorker(spec(model, "prefill-0"), TransferConfig())) as [stream]:
+@pytest.mark.parametrize("made", [PrefillWorker, DecodeWorker])
+async def test_a_worker_brings_back_what_its_device_evicted(
+    model: Path, expected: list[list[int]], made: type[PrefillWorker | DecodeWorker]
+) -> None:
+    role = Role.PREFILL if made is PrefillWorker else Role.DECODE
+    async with serving(made(spec(model, f"{role}-0", role), TransferConfig())) as [stream]:
         assert await stream.ask_all("first") == [(tokens, 0) for tokens in expected]
         assert await stream.ask_all("again") == [(tokens, NUM_FULL) for tokens in expected]
         stats = await stream.stats_when(lambda stats: stats.num_host_loaded_tokens >= 4 * NUM_FULL)
@@ -155,11 +159,6 @@ async def test_a_pull_is_served_from_host_memory(model: Path, expected: list[lis
         assert (tokens, account.num_pulled_tokens) == (expected[0], NUM_FULL)
         stats = await home.stats_when(lambda stats: stats.num_leased_blocks == 0)
         assert stats.num_host_loaded_tokens == 0, "it went straight from host memory"
-
-
-async def test_a_decode_worker_has_none(model: Path) -> None:
-    async with serving(DecodeWorker(spec(model, "decode-0", Role.DECODE), TransferConfig())) as [stream]:
-        assert (await stream.stats_when(lambda stats: stats.num_blocks > 0)).num_host_blocks == 0
 
 
 async def test_host_memory_that_holds_no_block_is_refused(model: Path) -> None:

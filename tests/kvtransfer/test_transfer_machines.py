@@ -52,7 +52,7 @@ from kvtransfer.source_transfer import (
     SourceState,
     SourceTransfer,
 )
-from kvtransfer.transfer import AbortAsked, CancelWork, LinkLost, Received, Tell, Tick
+from kvtransfer.transfer import ASKED_FOR, AbortAsked, CancelWork, LinkLost, Received, Tell, Tick
 from protos.types import TransferFailure, TransferKind
 
 BLOCK_NBYTES = 10
@@ -105,6 +105,8 @@ class TwoMachines(RuleBasedStateMachine):
         self.is_committed = self.is_link_lost = self.is_asked = False
         self.source_ends: list[object] = []
         self.destination_ends: list[object] = []
+        if kind in ASKED_FOR:
+            self.announce()
         self.feed_source(Opened())
 
     # --- what the sides would do ------------------------------------------------------------------------------------
@@ -436,8 +438,8 @@ def test_an_offer_of_another_kind_is_refused_and_the_right_one_still_awaited() -
 
 
 def test_an_offer_that_came_first_is_refused_where_another_kind_is_announced() -> None:
-    transfer = DestinationTransfer(STAMP, "r", BLOCK_NBYTES, CONFIG, TransferKind.RETURN)
-    transfer.on(Received(Offer(STAMP, TransferKind.RETURN, "r", 1)), 0)
+    transfer = DestinationTransfer(STAMP, "r", BLOCK_NBYTES, CONFIG, TransferKind.MIGRATE)
+    assert transfer.on(Received(Offer(STAMP, TransferKind.MIGRATE, "r", 1)), 0) == []
     (refused,) = transfer.on(Announced(STAMP, "r"), 0)
     assert isinstance(refused, Tell)
     assert isinstance(refused.message, Refuse)

@@ -7,6 +7,8 @@ import errno
 import os
 import secrets
 import socket
+import subprocess
+import sys
 import threading
 from dataclasses import replace
 
@@ -15,6 +17,7 @@ import torch
 
 from bench._killed_peer import noticed_s
 from kvtransfer.config import TransferConfig, TransportName
+from kvtransfer.life_mark import MARK_NBYTES, is_marked
 from kvtransfer.local_socket import Beacon, MeetingPoint, go_to, is_here
 from kvtransfer.segment import make_segment, map_segment, receive_segment, send_segment
 from kvtransfer.shared_memory_link import SharedMemoryTransport
@@ -143,9 +146,9 @@ def test_a_sender_that_points_elsewhere_fails_the_link(word: tuple[int, int, int
     ends.sender._say(*word)  # type: ignore[attr-defined]
     with pytest.raises(LinkFailed):
         ends.receiver.wait(0)
-    assert ends.failures["receiver"]
-    ends.close()
+    ends.close()  # and with it the thread that may be telling of it
     transport.close()
+    assert ends.failures["receiver"]
 
 
 def test_shared_memory_is_not_offered_to_who_is_elsewhere() -> None:
@@ -160,3 +163,29 @@ def test_shared_memory_is_not_offered_to_who_is_elsewhere() -> None:
 def test_a_killed_peer_is_noticed_at_once(transport: TransportName) -> None:
     """Its own deadline would take a minute. 50 ms on a machine that has nothing else to do (docs/benchmarks.md)."""
     assert noticed_s(transport) < 1.0
+
+
+_MARKED_CHILD = """
+import os, sys, time, torch
+from kvtransfer.life_mark import MARK_NBYTES, marking
+from kvtransfer.segment import map_segment
+left, killed = map_segment(int(sys.argv[1])).view(2, MARK_NBYTES)
+with marking(left):
+    pass
+with marking(killed):
+    print("in", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_mark_is_set_by_being_killed_and_not_by_leaving() -> None:
+    descriptor = make_segment(2 * MARK_NBYTES)
+    left, killed = map_segment(descriptor).view(2, MARK_NBYTES)
+    arguments = [sys.executable, "-c", _MARKED_CHILD, str(descriptor)]
+    with subprocess.Popen(arguments, pass_fds=[descriptor], stdout=subprocess.PIPE) as child:
+        assert child.stdout is not None
+        assert child.stdout.readline() == b"in\n"
+        assert not is_marked(left) and not is_marked(killed)
+        child.kill()
+    assert (is_marked(left), is_marked(killed)) == (False, True)
+    os.close(descriptor)

@@ -15,11 +15,13 @@ from protos.types import (
     PROTOCOL_VERSION,
     FinishReason,
     GenerateRequest,
+    LinkStats,
     PeerRef,
     Role,
     RouterCommand,
     ServingMode,
     TokenOutput,
+    TransferStats,
     WorkerAccount,
     WorkerReport,
     WorkerStats,
@@ -111,11 +113,13 @@ class FakeWorker(WorkerServicer):
             reader.cancel()
 
     def _stats(self) -> WorkerStats:
+        links = (*(LinkStats(one, "gloo") for one in self.warm_links), LinkStats("d-lost", ""))
         return WorkerStats(
             num_blocks=self.num_blocks,
             num_free_blocks=self.num_blocks - self.num_held_blocks,
             num_held_blocks=self.num_held_blocks,
             warm_links=self.warm_links,
+            transfers=TransferStats(links=links),
         )
 
     async def _read(self, frames: AsyncIterator[pb.RouterFrame], reports: asyncio.Queue[WorkerReport]) -> None:

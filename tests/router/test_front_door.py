@@ -353,6 +353,7 @@ async def test_model_info_loads_and_status(launch: Any) -> None:
         ("d-0", "decode", "up", 64),
     ]
     assert list(loads[0].warm_links) == ["d-0"]
+    assert [(link.worker_id, link.transport) for link in loads[0].links] == [("d-0", "gloo")]
     await service.generate(text="abc", sampling_params=sampling())
     service.server.note_event("scaled to 2")
     status = await service.cluster.GetStatus(pb.GetStatusRequest())

@@ -52,6 +52,14 @@ def test_more_is_sent_when_a_prompt_is_prefilled_and_not_before() -> None:
     assert sent(router.on(ClientCancelled("b"), 5.0)) == [("d-0", "c"), ("p-0", "c")]
 
 
+def test_more_is_sent_when_the_decode_worker_has_computed_the_prompt_itself() -> None:
+    """The KV was lost on its way: the prefill worker forgets the request and reports no token of it."""
+    router = make_router("p-0", "d-0", config=QUEUED)
+    router.on(arrived("a", prompt(1)), 0.0)
+    assert sent(router.on(arrived("b", prompt(2)), 1.0)) == []
+    assert sent(router.on(reported("d-0", output("a", 0, 7)), 9.0)) == [("d-0", "b"), ("p-0", "b")]
+
+
 def test_priority_goes_ahead_in_the_queue() -> None:
     router = make_router("p-0", "d-0", config=QUEUED)
     for name, priority in (("a", 0), ("b", 0), ("c", 1)):
