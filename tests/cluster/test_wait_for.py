@@ -21,7 +21,7 @@ from protos.worker_pb2_grpc import WorkerServicer, add_WorkerServicer_to_server
 
 def load(worker_id: str, incarnation: str = "1", state: str = "up") -> WorkerLoad:
     role = worker_id.partition("-")[0]
-    return WorkerLoad(worker_id, role, incarnation, state, 0, 0, 0, 0, 0, 0, 0, True, 0, 0.0, "", (), 0, 0)
+    return WorkerLoad(worker_id, role, incarnation, state, 0, 0, 0, 0, 0, 0, 0, True, 0, 0.0, "", (), 0, 0, ())
 
 
 def status(*workers: WorkerLoad, events: tuple[ClusterEvent, ...] = ()) -> Status:
