@@ -213,12 +213,16 @@ def drain(
     address: Address = None,
     token: Token = None,
     ca: Ca = None,
-    timeout: Annotated[float | None, typer.Option(help="Seconds; then it leaves whatever it still has.")] = None,
+    timeout: Annotated[
+        float | None, typer.Option(help="Seconds; then it leaves whatever it still has. By its own address: to wait.")
+    ] = None,
     replace: Annotated[bool, typer.Option("--replace", help="Another one takes its place when it has left.")] = False,
 ) -> None:
     """Let a worker or a router finish what it has, and leave; returns when it has. Nothing new goes there meanwhile."""
     waiting_s = (DRAIN_TIMEOUT_S if timeout is None else timeout) + wait_for.SETTLE_S
     if ":" in who:
+        if replace:
+            raise fail("a worker that is asked by its own address is replaced in any case; leave --replace out")
         try:
             is_done = wait_for.worker_to_leave(who, waiting_s)
         except ConnectionError as error:
@@ -250,7 +254,7 @@ def scale(
         try:
             client.scale(wanted)
             is_done = wait_for.until(wait_for.has_sizes(wanted), client.status, DRAIN_TIMEOUT_S + START_TIMEOUT_S)
-        except CallFailed as error:
+        except (CallFailed, ValueError) as error:  # the latter for what no message can carry
             raise fail(str(error)) from error
     if not is_done:
         raise fail("the pools do not have these sizes yet; `twinring status` shows what happens")
@@ -286,7 +290,10 @@ def stop() -> None:
 @app.command()
 def token(
     name: Annotated[str, typer.Argument(help="The tenant's name.")],
-    operator: Annotated[bool, typer.Option("--operator", help="May read the cluster's state and metrics.")] = False,
+    operator: Annotated[
+        bool,
+        typer.Option("--operator", help="May read the cluster's state and metrics, drain workers and resize pools."),
+    ] = False,
 ) -> None:
     """Make a tenant's token: the token on standard output, its entry for tenants_file on standard error."""
     secret = f"twr-{secrets.token_urlsafe(TOKEN_NBYTES)}"

@@ -99,6 +99,8 @@ class ServeConfig:
         for name in ("drain_timeout_s", "worker_drain_timeout_s"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} must not be negative, not {getattr(self, name)}")
+        if self.autoscaler.enabled and self.router.mode == "colocated":
+            raise ValueError("autoscaler.enabled is true, but in mode colocated nothing tells what a pool is short of")
         for name, section in SHARED_SETTINGS.items():
             ours, theirs = getattr(self.router, name), getattr(getattr(self, section), name)
             if ours != theirs:

@@ -49,6 +49,9 @@ class Pools:
     def sizes(self) -> dict[Role, int]:
         return {role: len(self.members(pool)) for pool, role in self._roles.items()}
 
+    def role_of(self, worker_id: str) -> Role:
+        return self._roles[worker_id.rpartition("-")[0]]
+
     def pool_of(self, role: Role) -> str:
         return next(pool for pool, its_role in self._roles.items() if its_role is role)
 
@@ -74,7 +77,7 @@ class Pools:
         for worker_id in leaving:
             del self.slots[worker_id]
         for worker_id in coming:
-            self.slots[worker_id] = self._roles[worker_id.rpartition("-")[0]]
+            self.slots[worker_id] = self.role_of(worker_id)
         num_turns = min(len(leaving), len(coming)) if self._may_turn else 0
         turns = [Turn(one, other, self.slots[other]) for one, other in zip(leaving, coming[:num_turns], strict=False)]
         return Changes(tuple(coming[num_turns:]), tuple(leaving[num_turns:]), tuple(turns))

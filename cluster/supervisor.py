@@ -45,6 +45,7 @@ class Supervisor:
         self._actors: dict[str, ActorHandle] = {}
         self._coming: dict[str, asyncio.Task[None]] = {}
         self._leaving: dict[str, asyncio.Task[None]] = {}
+        self._shown: dict[str, PeerRef] = {}  # what routers know by each name, alive or dead
         self._autoscaling = Autoscaling(config.autoscaler) if config.autoscaler.enabled else None
         self._has_started = False
         self._stopping = False
@@ -77,8 +78,7 @@ class Supervisor:
 
     def on_worker_leaving(self, ref: PeerRef) -> None:
         """It was sent SIGTERM: its machine goes, not its place in the pool."""
-        actor = self._serving(ref)
-        if actor is not None and ref.worker_id not in self._leaving:
+        if self._serving(ref) is not None and ref.worker_id not in self._leaving.keys() | self._coming.keys():
             self._begin_drain(ref.worker_id, self._config.worker_drain_timeout_s)
 
     def on_order(self, order: Order) -> str:
@@ -96,13 +96,18 @@ class Supervisor:
         return ""
 
     def on_pool_counts(self, router_id: str, counts: Mapping[Role, PoolCounts]) -> None:
-        """Where pools change their sizes by themselves."""
+        """Where pools change their sizes by themselves; one that is changing is left alone until it has changed."""
         if self._autoscaling is None or not self._has_started or self._stopping:
             return
         now = asyncio.get_running_loop().time()
-        for resize in self._autoscaling.heard(router_id, counts, self._pools.sizes, now):
+        unsettled = {self._pools.role_of(worker_id) for worker_id in [*self._coming, *self._leaving]}
+        sizes = {role: size for role, size in self._pools.sizes.items() if role not in unsettled}
+        for resize in self._autoscaling.heard(router_id, counts, sizes, now):
             self._routers.note_event(f"autoscaler: {resize.reason}")
-            self._scale({self._pools.pool_of(resize.role): resize.num_workers})
+            try:
+                self._scale({self._pools.pool_of(resize.role): resize.num_workers})
+            except ValueError as error:
+                self._routers.note_event(f"autoscaler: not possible: {error}")
 
     def _order_drain(self, order: Drain) -> None:
         if order.who not in self._pools.slots:
@@ -119,7 +124,7 @@ class Supervisor:
         self._begin_drain(order.who, timeout_s)
 
     def _scale(self, sizes: dict[str, int]) -> None:
-        changes = self._pools.scale(sizes, taken=self._actors)
+        changes = self._pools.scale(sizes, taken=self._actors.keys() | self._leaving.keys())
         self._routers.expect(*self._pools.num_expected)
         for worker_id in changes.starts:
             self._begin(self._coming, worker_id, self._replace(worker_id, self._pools.slots[worker_id]))
@@ -157,7 +162,7 @@ class Supervisor:
         )
 
     async def _show(self, ready: WorkerReady) -> None:
-        ref = ready.ref
+        ref = self._shown[ready.ref.worker_id] = ready.ref
         await self._routers.add_worker(ref, ready.pid)
         self._on_progress(ref.worker_id, "serving")
         self._routers.note_event(f"worker {ref.worker_id} ({ref.incarnation}) joined, pid {ready.pid}")
@@ -200,16 +205,19 @@ class Supervisor:
         worker_id, role = actor.spec.worker_id, actor.spec.role
         await self._leave(actor, timeout_s)
         await self._drop(worker_id)
-        if worker_id in self._pools.slots:
+        self._fill(worker_id, role)
+
+    def _fill(self, worker_id: str, role: Role) -> None:
+        """With a new actor, where this name is still to be there and nobody has begun."""
+        if worker_id in self._pools.slots and worker_id not in self._coming:
             self._begin(self._coming, worker_id, self._replace(worker_id, role))
 
     async def _drop(self, worker_id: str) -> None:
-        actor = self._actors.pop(worker_id, None)
-        if actor is None:
-            return
-        if actor.ref is not None:
-            await self._routers.remove_worker(actor.ref)
-        await self._end(actor)
+        actor, ref = self._actors.pop(worker_id, None), self._shown.pop(worker_id, None)
+        if ref is not None:
+            await self._routers.remove_worker(ref)
+        if actor is not None:
+            await self._end(actor)
 
     async def _leave(self, actor: ActorHandle, timeout_s: float) -> bool:
         """It is no member any more. False: requests needed it still, and go on elsewhere."""
@@ -226,22 +234,23 @@ class Supervisor:
         return is_idle
 
     def _turn(self, turn: Turn) -> None:
-        if turn.worker_id in self._coming or turn.worker_id in self._leaving:
+        actor = self._actors.get(turn.worker_id)
+        if actor is None or turn.worker_id in self._coming or turn.worker_id in self._leaving:
             self._let_go(turn.worker_id)
-            self._begin(self._coming, turn.becomes, self._replace(turn.becomes, turn.role))
+            self._fill(turn.becomes, turn.role)
         else:
-            self._begin(self._leaving, turn.worker_id, self._turn_over(self._actors[turn.worker_id], turn))
+            self._begin(self._leaving, turn.worker_id, self._turn_over(actor, turn))
 
     async def _turn_over(self, actor: ActorHandle, turn: Turn) -> None:
         """Only where nothing hangs on its former life any more; else another actor takes the place."""
         is_idle = await self._leave(actor, self._config.worker_drain_timeout_s)
         if is_idle and turn.becomes in self._pools.slots:
             self._actors[turn.becomes] = self._actors.pop(turn.worker_id)
+            del self._shown[turn.worker_id]
             self._begin(self._coming, turn.becomes, self._become(actor, turn))
             return
         await self._drop(turn.worker_id)
-        if turn.becomes in self._pools.slots:
-            self._begin(self._coming, turn.becomes, self._replace(turn.becomes, turn.role))
+        self._fill(turn.becomes, turn.role)
 
     async def _become(self, actor: ActorHandle, turn: Turn) -> None:
         try:

@@ -36,7 +36,7 @@ class PoolLimits:
 @dataclass(frozen=True, slots=True)
 class AutoscalerConfig:
     enabled: bool = False  # pools then change their sizes by themselves
-    prefill: PoolLimits = field(default_factory=PoolLimits)  # of this pool; in mode colocated of the only one
+    prefill: PoolLimits = field(default_factory=PoolLimits)  # of this pool
     decode: PoolLimits = field(default_factory=PoolLimits)  # likewise
     min_attainment: float = 0.95  # share of requests that must meet the pool's SLO: TTFT for prefill, TPOT for decode
     grow_after_s: float = 10.0  # in which a pool has missed its goals without a break

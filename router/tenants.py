@@ -16,7 +16,7 @@ class TenantConfig:
 
     name: str  # in logs and errors
     token_sha256: str  # hex: tokens are 256 random bits, so a plain hash keeps them
-    is_operator: bool = False  # may read the cluster's state and metrics
+    is_operator: bool = False  # may read the cluster's state and metrics, drain and scale
     max_priority: int = 0  # higher ones go ahead of others' requests
     max_concurrent_requests: int | None = None  # several prompts of one HTTP call are several requests
     max_requests_per_minute: float | None = None  # a minute's worth may come at once

@@ -37,6 +37,7 @@ class FakeActor:
     made: list[FakeActor]
     fails_to_become = False
     may_load: asyncio.Event
+    may_stop: asyncio.Event
 
     def __init__(self, spec: WorkerSpec, *others: object) -> None:
         self.spec = spec
@@ -66,6 +67,7 @@ class FakeActor:
         return await self.serve()
 
     async def stop(self, grace_s: float) -> None:
+        await FakeActor.may_stop.wait()
         if self.lives:
             await self.lives[-1].kill()
 
@@ -108,9 +110,10 @@ class Cluster:
 
 @pytest.fixture(autouse=True)
 def _fakes(monkeypatch: pytest.MonkeyPatch) -> None:
-    may_load = asyncio.Event()
-    may_load.set()
-    monkeypatch.setattr(FakeActor, "may_load", may_load, raising=False)
+    for name in ("may_load", "may_stop"):
+        allowed = asyncio.Event()
+        allowed.set()
+        monkeypatch.setattr(FakeActor, name, allowed, raising=False)
     monkeypatch.setattr(module, "ActorHandle", FakeActor)
     monkeypatch.setattr(FakeActor, "fabric", Fabric(token_s=0.02), raising=False)
     monkeypatch.setattr(FakeActor, "made", [], raising=False)
@@ -205,6 +208,7 @@ async def test_one_that_is_not_wanted_any_more_before_it_serves_goes_at_once(clu
     assert cluster.supervisor.on_order(Drain("decode-2")) == "decode-2 does not serve yet"
     assert cluster.supervisor.on_order(Scale((("decode", 2),))) == ""
     await eventually(lambda: FakeActor.made[4].is_killed)
+    await eventually(lambda: not cluster.supervisor._leaving)
     FakeActor.may_load.set()
     assert cluster.supervisor.on_order(Scale((("decode", 3),))) == "", "its name is free again"
     await cluster.until(prefill_0="up", prefill_1="up", decode_0="up", decode_1="up", decode_2="up")
@@ -218,6 +222,36 @@ async def test_a_pool_may_shrink_while_one_of_it_is_being_replaced(cluster: Clus
     FakeActor.may_load.set()
     await cluster.until(prefill_0="up", prefill_1="up", decode_0="up")
     await eventually(lambda: FakeActor.made[4].is_killed)
+
+
+async def test_a_change_of_roles_that_is_taken_back_at_once_ends_in_the_pools_that_were_asked_for_last() -> None:
+    one = Cluster(ServeConfig(num_prefill=2, num_decode=1))
+    await one.start()
+    try:
+        assert one.supervisor.on_order(Scale((("prefill", 1), ("decode", 2)))) == ""
+        assert one.supervisor.on_order(Scale((("prefill", 2), ("decode", 1)))) == ""
+        await one.until(prefill_0="up", prefill_2="up", decode_0="up")
+    finally:
+        await one.stop()
+
+
+async def test_a_name_is_not_given_again_before_who_had_it_has_ended(cluster: Cluster) -> None:
+    FakeActor.may_stop.clear()
+    assert cluster.supervisor.on_order(Scale((("decode", 1),))) == ""
+    await cluster.until(prefill_0="up", prefill_1="up", decode_0="up")
+    assert cluster.supervisor.on_order(Scale((("decode", 2),))) == ""
+    await cluster.until(prefill_0="up", prefill_1="up", decode_0="up", decode_2="up")
+    FakeActor.may_stop.set()
+    await eventually(lambda: actor_of("decode-1").is_killed)
+    assert not actor_of("decode-2").is_killed and len(FakeActor.made) == 5
+
+
+async def test_one_that_died_and_is_not_wanted_any_more_is_forgotten(cluster: Cluster) -> None:
+    FakeActor.may_load.clear()
+    await actor_of("decode-1").lives[-1].kill()
+    await eventually(lambda: len(FakeActor.made) == 5)
+    assert cluster.supervisor.on_order(Scale((("decode", 1),))) == ""
+    await cluster.until(prefill_0="up", prefill_1="up", decode_0="up")
 
 
 async def test_pools_change_by_themselves_where_that_is_on() -> None:
