@@ -22,8 +22,8 @@ from protos.types import ServingMode, TransferKind
 
 
 class HandoffDestination:
-    """Invariant: `_awaited` has exactly the requests that wait for a handoff, by transfer. They have no table: granted
-    blocks are the transfer's lease until it has arrived or is lost."""
+    """Invariant: `_awaited` has exactly the requests that wait for a handoff or a migration, by transfer. They have no
+    table: granted blocks are the transfer's lease until it has arrived or is lost."""
 
     def __init__(self, config: SchedulerConfig, scheduler: Scheduler, manager: KVCacheManager) -> None:
         self._config = config

@@ -73,14 +73,15 @@ class HostLoads:
 
     def add(self, request: Request, now: float) -> list[CopyBlocks] | None:
         """Wait for a load under way that brings what it lacks, or begin one; None where it need not wait."""
-        return self._add(request, now, self._scheduler.num_spoken_for_blocks)
+        return self._add(request, now, 0, self._scheduler.num_spoken_for_blocks)
 
     def add_next(self, now: float) -> list[CopyBlocks]:
         """The same for those whose turn it is in the scheduler's queue: when they came there was no room, or another
         had to go first."""
         copies: list[CopyBlocks] = []
         while self._config is not None and (request := self._scheduler.next_to_start) is not None:
-            begun = self._add(request, now, len(self._scheduler.running))
+            num_blocks = -(-request.num_tokens // self._block_size)  # all that it needs to start
+            begun = self._add(request, now, num_blocks, len(self._scheduler.running))
             if begun is None:
                 break
             self._scheduler.withdraw(request)
@@ -106,7 +107,8 @@ class HostLoads:
 
     # --- inside -----------------------------------------------------------------------------------------------------
 
-    def _add(self, request: Request, now: float, num_spare_blocks: int) -> list[CopyBlocks] | None:
+    def _add(self, request: Request, now: float, num_own_blocks: int, num_spare_blocks: int) -> list[CopyBlocks] | None:
+        """There must be room for num_own_blocks, those of the load among them, and for num_spare_blocks more."""
         if self._config is None or request.has_lost_load:
             return None
         hashes, num_held = self._manager.prefix(request)
@@ -120,7 +122,7 @@ class HostLoads:
         if not self._is_quicker(stop - num_held):
             return None
         load = _Load(hashes[:stop], num_held)
-        copy = self._begin(load, num_spare_blocks)
+        copy = self._begin(load, num_spare_blocks + max(0, num_own_blocks - stop))
         if copy is None:
             return None
         self._wait(request, load, now)

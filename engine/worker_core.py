@@ -158,7 +158,7 @@ class WorkerCore:
         request = Request(generate, next(self._arrivals), now)
         refusal = self._scheduler.refusal(request)
         if refusal:
-            return [*effects, _error_output(request, refusal)]
+            return [*effects, _last_output(request, FinishReason.ERROR, refusal)]
         self._requests[request.request_id] = request
         if request.handoff_from is not None:
             return effects + self._destination.expect(request)
@@ -220,12 +220,14 @@ class WorkerCore:
         return [] if request is None else self._migrations.start(request, event)
 
     def _transfer_lost(self, event: TransferLost, now: float) -> list[Effect]:
-        """The request of a migration is the source's still, and nobody's here."""
+        """The request of a migration is the source's still, and nobody's here. A router that has taken a late word of
+        an earlier life here for its arrival must hear of it: nobody would go on with the request."""
         dropped = self._destination.lost(event, now)
-        if dropped is not None:
-            del self._requests[dropped.request_id]
-            self._scheduler.remove(dropped)
-        return []
+        if dropped is None:
+            return []
+        del self._requests[dropped.request_id]
+        self._scheduler.remove(dropped)
+        return [_last_output(dropped, FinishReason.ABORT, event.reason)]
 
     def _transfer_refused(self, event: TransferRefused) -> list[Effect]:
         request = self._source.refused(event.transfer_id, event.reason)
@@ -385,12 +387,12 @@ def _token_output(progress: Progress, accounts: bool = False) -> TokenOutput:
     )
 
 
-def _error_output(request: Request, error: str) -> TokenOutput:
+def _last_output(request: Request, finish_reason: FinishReason, error: str) -> TokenOutput:
     return TokenOutput(
         request_id=request.request_id,
         attempt=request.attempt,
         index=request.num_output_tokens,
         token_ids=(),
-        finish_reason=FinishReason.ERROR,
+        finish_reason=finish_reason,
         error=error,
     )

@@ -22,7 +22,9 @@ class TransferConfig:
     connect_timeout_s: float = 5.0  # to dial another worker
     ping_interval_s: float = 0.5  # on a control stream that has nothing else to carry
     silence_timeout_s: float = 1.5  # a control stream that is silent for longer has lost its peer
-    max_lazy_links: int = 8  # of one worker, made for pulls and returns; the one unused for longest makes way
+    max_lazy_links: int = (
+        8  # of one worker, made for migrations, pulls and returns; the one unused for longest makes way
+    )
     checksum: Checksum = "xxh3_64"  # of each chunk
     bind_host: str = "127.0.0.1"  # not encrypted: a private interface; auto: the Ray node's IP
     transport: TransportName = "auto"  # shared_memory needs one machine; auto: where that can be had, else gloo

@@ -32,7 +32,7 @@ class Turns(Generic[Chunk]):
         self._queues.setdefault(chunk.transfer_id, deque()).append(chunk)
 
     def take(self, num_free: int, num_kept: int = 1) -> Chunk | None:
-        """For one of num_free slots; the last num_kept are for transfers that have none."""
+        """For one of num_free slots; the last num_kept wait for a transfer that has none, where its turn has come."""
         if not self._queues or not num_free:
             return None
         next_id = min(self._queues, key=lambda each: (self._queues[each][0].urgency, self._num_held[each]))

@@ -60,7 +60,7 @@ class Relief:
         self._paid_until: dict[str, float] = {}
 
     def decide(self, loads: Sequence[WorkerLoad], now: float) -> list[MigrationWanted]:
-        """What should begin now. Each of these counts as begun."""
+        """What should begin now. Each of these counts as begun, also where it turns out that it cannot be."""
         self._forget(now)
         workers = [_Worker(load, self._config.priority_headroom, self._block_size) for load in loads]
         wanted: list[MigrationWanted] = []
@@ -73,16 +73,16 @@ class Relief:
         return wanted
 
     def _next(self, workers: Sequence[_Worker], now: float) -> tuple[DecodeLoad, _Worker, _Worker] | None:
-        """The least free worker that can be helped, and the most free one that can take something from it."""
+        """The least free worker that can be helped, and the most free one that can take something of it."""
         ready = [worker for worker in workers if self._has_budget(worker, now)]
         ready.sort(key=lambda worker: (worker.freeness, worker.worker_id))
         for source in ready:
             if not source.is_leaving and source.freeness >= self._low:
                 break
-            destination = next((one for one in reversed(ready) if self._may_take(one, source, now)), None)
-            request = destination and self._choose(source, destination, now)
-            if destination and request:
-                return request, source, destination
+            for destination in reversed(ready):
+                request = self._choose(source, destination, now) if self._may_take(destination, source, now) else None
+                if request is not None:
+                    return request, source, destination
         return None
 
     def _may_take(self, worker: _Worker, source: _Worker, now: float) -> bool:
@@ -101,9 +101,8 @@ class Relief:
         return None
 
     def _pays(self, request: DecodeLoad, source: _Worker, now: float) -> bool:
-        if source.is_leaving:
-            return True
-        is_long = request.num_remaining_tokens >= self._config.min_remaining_tokens
+        """One that could not go a moment ago must not keep others from going, also where all have to go."""
+        is_long = source.is_leaving or request.num_remaining_tokens >= self._config.min_remaining_tokens
         return is_long and now - self._moved_at.get(request.request_id, -math.inf) >= self._config.cooldown_s
 
     def _has_budget(self, worker: _Worker, now: float) -> bool:

@@ -34,7 +34,8 @@ class Reliever:
 def worker_loads(
     config: RouterConfig, view: ClusterView, decode: DecodePlacement, in_flight: Iterable[InFlight]
 ) -> list[WorkerLoad]:
-    """Of the workers that are there to decode. A request on its way to another worker counts there, and only there."""
+    """Of the workers that are there to decode, and of those that are to end, where something may decode. A request on
+    its way to another worker counts there, and only there."""
     here: dict[WorkerView, list[DecodeLoad]] = defaultdict(list)
     going: dict[WorkerView, list[DecodeLoad]] = defaultdict(list)  # they still hold their memory there
     num_coming: dict[WorkerView, int] = defaultdict(int)
@@ -51,7 +52,7 @@ def worker_loads(
     return [
         _worker_load(each, here[each], going[each], num_coming[each], each.worker_id in view.draining)
         for each in view.workers.values()
-        if config.mode == "colocated" or each.ref.role is Role.DECODE
+        if config.mode == "colocated" or each.ref.role is Role.DECODE or each.worker_id in view.draining
     ]
 
 

@@ -352,8 +352,9 @@ class Router:
                 return ended
         if output.finish_reason is FinishReason.ERROR:
             return self._fail(in_flight, "INTERNAL", f"worker {view.worker_id}: {output.error}")
-        if output.finish_reason is FinishReason.ABORT:
-            return self._fail_over(in_flight, f"worker {view.worker_id} gave it up: {output.error}", now)
+        if output.finish_reason is FinishReason.ABORT:  # not needed: it speaks late of a migration that had failed
+            reason = f"worker {view.worker_id} gave it up: {output.error}"
+            return self._fail_over(in_flight, reason, now) if attempt.needs(view, len(in_flight.log)) else []
         if output.account is not None:
             attempt.note_account(view, output.account)
         if view is attempt.plan.decoding_worker and view.worker_id not in attempt.reported:

@@ -25,6 +25,7 @@ from engine.events import (
 )
 from protos.types import (
     Abort,
+    FinishReason,
     GenerateRequest,
     Handoff,
     Migrate,
@@ -285,7 +286,8 @@ def test_the_destination_drops_what_is_lost(is_granted: bool) -> None:
     worker = awaiting(3)
     if is_granted:
         worker.on(TransferOffered(T, "r", 1, 6))
-    assert worker.on(TransferLost(T, "link")) == []
+    [told] = worker.on(TransferLost(T, "link"))
+    assert isinstance(told, TokenOutput) and (told.finish_reason, told.error) == (FinishReason.ABORT, "link")
     assert held_and_leased(worker) == (0, 0)
     assert worker.run() == []
     assert worker.core.stats().num_waiting == 0

@@ -196,6 +196,25 @@ def test_one_move_at_a_time_and_none_before_it_decodes() -> None:
         assert router.on(MigrationWanted("r", worker_id, "too early"), 2.0) == []
 
 
+def test_one_that_drops_a_request_that_a_late_word_had_given_to_it_costs_an_attempt_and_not_the_request() -> None:
+    """d-1 had the request before, its words of that time come late, and the migration back to it is lost."""
+    router = migrating()
+    router.on(failed(), 3.5)
+    again = 3.5 + RETURN_PAUSE_S
+    assert set(sends(router.on(TO_D1, again))) == {"d-0", "d-1"}
+    router.on(reported("d-1", output("r", 3, 13)), again)
+    assert decodes_at(router) == "d-1"
+    router.on(reported("d-1", output("r", 4, finish=ABORT)), again + 0.1)
+    assert router.statistics.num_failovers == 1
+
+
+def test_one_that_drops_a_request_that_is_elsewhere_by_now_costs_nothing() -> None:
+    router = migrating()
+    router.on(failed(), 3.5)
+    assert router.on(reported("d-1", output("r", 3, finish=ABORT)), 3.6) == []
+    assert router.statistics.num_failovers == 0 and decodes_at(router) == "d-0"
+
+
 def test_there_and_back() -> None:
     """What the first life of a worker said, and says again, is not taken for its second one's."""
     router = migrating()

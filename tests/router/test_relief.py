@@ -145,6 +145,21 @@ def test_everything_leaves_a_worker_that_is_to_end() -> None:
     assert [(one.request_id, one.to_worker_id) for one in found] == [("ending", "d-1"), ("a", "d-1")]
 
 
+def test_one_that_cannot_go_after_all_does_not_keep_the_others_of_a_worker_that_is_to_end() -> None:
+    leaving = worker("old", *(request(f"r{i}", 2 + i) for i in range(4)), is_leaving=True)
+    relief = Relief(CONFIG, BLOCK, only_leaving=True)
+    asked = [{one.request_id for one in relief.decide((leaving, worker("d-1")), now)} for now in (0.0, 0.25, 5.0)]
+    assert asked == [{"r0", "r1"}, {"r2", "r3"}, {"r0", "r1"}]
+
+
+def test_where_the_most_free_worker_is_too_small_the_next_one_takes_it() -> None:
+    leaving = worker("old", request("long", 30), is_leaving=True)
+    small = replace(worker("small"), num_blocks=25)
+    large = replace(worker("large", *(request(f"l{i}", 5) for i in range(4))), num_blocks=80)
+    assert freeness(small) > freeness(large)
+    assert moves(leaving, small, large) == [("long", "large")]
+
+
 # --- how much at a time ---------------------------------------------------------------------------------------------
 
 
@@ -308,11 +323,10 @@ def test_budget_and_pauses_hold_on_any_load(
         for worker_id, load in cluster.workers.items():
             grown = tuple(replace(one, num_blocks=one.num_blocks + growth) for one in load.requests)
             cluster.workers[worker_id] = replace(load, requests=grown)
-    leaving = {load.worker_id for load in loads if load.is_leaving}
     for index, (at, request_id, source_id, destination_id, _) in enumerate(begun):
         for earlier_at, earlier_id, *pair, _ in begun[:index]:
             if at - earlier_at < config.cooldown_s:
-                assert request_id != earlier_id or source_id in leaving
+                assert request_id != earlier_id
                 assert pair != [destination_id, source_id]
     for worker_id in cluster.workers:
         mine = [(at, nbytes) for at, _, *pair, nbytes in begun if worker_id in pair]
