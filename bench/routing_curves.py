@@ -22,7 +22,7 @@ DESCRIPTION = "goodput and hit rate by rate as curves, simulated"
 
 ORDER: QueueOrderName = "shortest_remaining"
 POLICIES: tuple[PolicyName, ...] = ("dual_map", "home_pair", "threshold", "round_robin")
-SCALE = 0.5  # of the requests of scripts/bench routing
+SCALE = 0.25  # of the requests of scripts/bench routing
 SHARES = (0.6, 0.8, 0.9, 1.0, 1.1, 1.2, 1.35)
 
 
