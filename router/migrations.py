@@ -19,9 +19,9 @@ from router.events import Effect, MigrationWanted, Send
 from router.in_flight import Attempt, InFlight, Migration
 from router.statistics import RouterStatistics
 
-RETURN_PAUSE_S = (
-    0.5  # until a worker that was told to forget a request surely has: a word overtaken by the next ends it
-)
+# Until a worker that was told to forget a request has, unless it stalls: a word that is overtaken by the next one ends
+# the next. After a longer stall the destination says that it has dropped the request, which costs an attempt.
+RETURN_PAUSE_S = 0.5
 
 
 class Migrations:
