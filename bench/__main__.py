@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
 
 from rich.console import Console
@@ -32,7 +33,8 @@ def main() -> int:
         benchmark = load_benchmark(arguments.name)
     except ValueError as error:
         parser.error(str(error))
-    figures = benchmark.run(quick=arguments.quick)
+    with contextlib.redirect_stdout(sys.stderr):  # Ray tells there of workers that died; the figures come alone
+        figures = benchmark.run(quick=arguments.quick)
     if arguments.json:
         print(to_json(arguments.name, figures, benchmark))
     else:
