@@ -1,4 +1,4 @@
-"""What holds for every test: Ray starts only where a test says so, torch takes one thread, no example has a deadline."""
+"""What holds for every test: Ray starts only where a test says so, torch takes one thread, no clock ends an example."""
 
 from __future__ import annotations
 
