@@ -18,9 +18,10 @@ import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from bench._hand import Hand, serving_by_hand
+from bench._near_ties import make_near_ties
 from bench.harness import Figure
 from cluster.config import DEMO_MODEL, ServeConfig, load_config
-from cluster.pools import Pools
+from cluster.pools import pools_of
 from cluster.ray_cluster import ray_cluster
 from protos import inference_pb2 as pb
 from protos import inference_pb2_grpc as pb_grpc
@@ -46,17 +47,23 @@ NUM_RANDOM, QUICK_NUM_RANDOM, NUM_STREAMS, NUM_RANDOM_TOKENS = 1000, 50, 8, 300
 def run(quick: bool) -> list[Figure]:
     contexts = QUICK_CONTEXTS if quick else CONTEXTS
     with tempfile.TemporaryDirectory() as folder:
-        model = Path(folder)
-        _save_wide_model(model)
+        model, tied = Path(folder) / "wide", Path(folder) / "tied"
+        for path in (model, tied):
+            _save_wide_model(path)
+        make_near_ties(tied)
         three = _config(model, num_decode=3, caches=True)
-        with ray_cluster(three.ray, list(Pools(three).slots.values())):
-            return asyncio.run(_measured(model, three, contexts, QUICK_NUM_RANDOM if quick else NUM_RANDOM))
+        alike = _config(tied, num_decode=3, caches=True, deterministic=True)
+        with ray_cluster(three.ray, list(pools_of(three).slots.values())):
+            return asyncio.run(_measured(model, three, alike, contexts, QUICK_NUM_RANDOM if quick else NUM_RANDOM))
 
 
-async def _measured(model: Path, three: ServeConfig, contexts: tuple[int, ...], num_random: int) -> list[Figure]:
+async def _measured(
+    model: Path, three: ServeConfig, alike: ServeConfig, contexts: tuple[int, ...], num_random: int
+) -> list[Figure]:
     gaps = await _all_gaps(model, contexts)
     figures = [figure for context in contexts for figure in _figures(context, gaps)]
-    return [*figures, *await _at_random(three, num_random)]
+    figures += await _at_random(three, num_random, "")
+    return [*figures, *await _at_random(alike, num_random, "_deterministic")]
 
 
 def _save_wide_model(folder: Path) -> None:
@@ -217,8 +224,9 @@ def _prompt(num_tokens: int, seed: int) -> list[int]:
 # --- at random --------------------------------------------------------------------------------------------------------
 
 
-async def _at_random(config: ServeConfig, num_wanted: int) -> list[Figure]:
-    """Streams that are moved all the time, until so many moves were made; each is compared with itself in peace."""
+async def _at_random(config: ServeConfig, num_wanted: int, suffix: str) -> list[Figure]:
+    """Streams that are moved all the time, until so many moves were made; each is compared with itself in peace.
+    Deterministic workers have a model whose tokens are nearly tied, the others one whose likeliest leads by far."""
     num_streams = num_equal = 0
     async with serving_by_hand(config) as hand, grpc.aio.insecure_channel(hand.address) as channel:
         statistics_ = hand.router.statistics
@@ -235,9 +243,9 @@ async def _at_random(config: ServeConfig, num_wanted: int) -> list[Figure]:
         num_leaked = sum(view.stats.num_held_blocks + view.stats.num_leased_blocks for view in views)
         note = f"{statistics_.num_failed_migrations} more were refused, {statistics_.num_failovers} failovers"
     return [
-        Figure("random_migrations", statistics_.num_migrations, "", num_wanted, note=note),
-        Figure("equal_streams", num_equal / num_streams, f"of {num_streams}", 1.0, note="none excluded"),
-        Figure("leaked_blocks", num_leaked, "", 0.0, "lower"),
+        Figure("random_migrations" + suffix, statistics_.num_migrations, "", num_wanted, note=note),
+        Figure("equal_streams" + suffix, num_equal / num_streams, f"of {num_streams}", 1.0, note="none excluded"),
+        Figure("leaked_blocks" + suffix, num_leaked, "", 0.0, "lower"),
     ]
 
 

@@ -33,7 +33,17 @@ SHARED_SETTINGS = {
 }
 
 # Alike on every worker: requests and KV go from one to the other, and the router speaks of one model.
-COMMON_ENGINE_SETTINGS = ("model", "modelled", "dtype", "max_model_len", "block_size", "hash_block_size")
+COMMON_ENGINE_SETTINGS = (
+    "model",
+    "modelled",
+    "dtype",
+    "max_model_len",
+    "block_size",
+    "hash_block_size",
+    "deterministic",
+)
+# Alike where workers are to compute the same bits.
+DETERMINISTIC_SETTINGS = ("num_threads", "fused")
 # Of decode workers, unless decode_engine says otherwise: what they generate is looked for at its home.
 DECODE_ENGINE: Mapping[str, Any] = {"host_cache_bytes": 0}
 
@@ -123,7 +133,7 @@ class ServeConfig:
             return
         if self.router.mode == "colocated":
             raise ValueError(f"{section} is set, but in mode colocated every worker does both: set engine only")
-        for name in COMMON_ENGINE_SETTINGS:
+        for name in (*COMMON_ENGINE_SETTINGS, *(DETERMINISTIC_SETTINGS if self.engine.deterministic else ())):
             ours, theirs = getattr(self.engine, name), getattr(engine, name)
             if ours != theirs:
                 raise ValueError(f"{section}.{name} is {theirs}, engine.{name} is {ours}: set engine.{name} only")

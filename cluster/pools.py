@@ -1,112 +1,18 @@
-"""Which workers there should be: their names and roles, pool by pool, and who comes and goes when a pool gets another
-size. Starts and ends nobody."""
+"""The pools that settings ask for: who is in them at first, and what they allow later."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass, replace
-from itertools import count
+from collections.abc import Mapping
+from dataclasses import replace
 
 from cluster.config import ServeConfig
 from protos.types import Role
-
-COLOCATED = {"worker": Role.PREFILL}  # colocated workers are prefill workers that nobody asks to hand off
-DISAGGREGATED = {"prefill": Role.PREFILL, "decode": Role.DECODE}
+from router.pools import COLOCATED, DISAGGREGATED, Pools
 
 
-@dataclass(frozen=True, slots=True)
-class Turn:
-    """A worker that becomes another one, of the other role, without loading the model again."""
-
-    worker_id: str
-    becomes: str
-    role: Role
-
-
-@dataclass(frozen=True, slots=True)
-class Changes:
-    starts: tuple[str, ...] = ()
-    drains: tuple[str, ...] = ()
-    turns: tuple[Turn, ...] = ()
-
-
-class Pools:
-    """Invariant: `slots` are the workers that there should be, with their roles, in each pool oldest first; a worker's
-    name begins with its pool's. As many of them as the settings allow."""
-
-    def __init__(self, config: ServeConfig) -> None:
-        self._config = config
-        self._roles = COLOCATED if config.router.mode == "colocated" else DISAGGREGATED
-        self.slots = dict(worker_slots(config))
-
-    @property
-    def num_expected(self) -> tuple[int, int]:
-        """Workers that prefill, workers that decode only."""
-        roles = list(self.slots.values())
-        return roles.count(Role.PREFILL), roles.count(Role.DECODE)
-
-    @property
-    def sizes(self) -> dict[Role, int]:
-        return {role: len(self.members(pool)) for pool, role in self._roles.items()}
-
-    def role_of(self, worker_id: str) -> Role:
-        return self._roles[worker_id.rpartition("-")[0]]
-
-    def pool_of(self, role: Role) -> str:
-        return next(pool for pool, its_role in self._roles.items() if its_role is role)
-
-    def members(self, pool: str) -> list[str]:
-        return [worker_id for worker_id in self.slots if worker_id.rpartition("-")[0] == pool]
-
-    def without(self, worker_id: str) -> None:
-        """It is not to be there any more. ValueError where its pool cannot do without."""
-        pool = worker_id.rpartition("-")[0]
-        self._check({pool: len(self.members(pool)) - 1})
-        del self.slots[worker_id]
-
-    def scale(self, sizes: Mapping[str, int], taken: Collection[str]) -> Changes:
-        """The newest go first. `taken`: further names that nobody may get. ValueError says what cannot be, and then
-        nothing has changed."""
-        self._check(sizes)
-        leaving: list[str] = []
-        coming: list[str] = []
-        for pool, size in sizes.items():
-            members = self.members(pool)
-            leaving += reversed(members[size:])
-            coming += self._new_names(pool, size - len(members), taken)
-        for worker_id in leaving:
-            del self.slots[worker_id]
-        for worker_id in coming:
-            self.slots[worker_id] = self.role_of(worker_id)
-        num_turns = min(len(leaving), len(coming)) if self._may_turn else 0
-        turns = [Turn(one, other, self.slots[other]) for one, other in zip(leaving, coming[:num_turns], strict=False)]
-        return Changes(tuple(coming[num_turns:]), tuple(leaving[num_turns:]), tuple(turns))
-
-    @property
-    def _may_turn(self) -> bool:
-        """Where both roles take the same of Ray, and have the same engine; host memory is not handed on."""
-        ray, engine = self._config.ray, self._config.engine_of(Role.PREFILL)
-        is_alike = ray.prefill_resource == ray.decode_resource and engine == self._config.engine_of(Role.DECODE)
-        return is_alike and not engine.host_cache_bytes
-
-    def _check(self, sizes: Mapping[str, int]) -> None:
-        for pool, size in sizes.items():
-            if pool not in self._roles:
-                raise ValueError(f"there is no pool {pool!r}; pools are {' and '.join(self._roles)}")
-            if size < 0:
-                raise ValueError(f"pool {pool} cannot have {size} workers")
-        wanted = {pool: len(self.members(pool)) for pool in self._roles} | dict(sizes)
-        if wanted.get("worker") == 0:
-            raise ValueError("pool worker must have at least 1 worker, not 0")
-        replace(  # refuses what the settings would refuse
-            self._config, num_prefill=wanted.get("prefill", wanted.get("worker", 0)), num_decode=wanted.get("decode", 0)
-        )
-
-    def _new_names(self, pool: str, num: int, taken: Collection[str]) -> list[str]:
-        """The lowest numbers that are free: a home that comes back under its old name gets its old keys."""
-        names = (f"{pool}-{number}" for number in count())
-        free = (name for name in names if name not in self.slots and name not in taken)
-        return [next(free) for _ in range(num)]
+def pools_of(config: ServeConfig) -> Pools:
+    roles = COLOCATED if config.router.mode == "colocated" else DISAGGREGATED
+    return Pools(roles, worker_slots(config), _may_turn(config), lambda sizes: _check(config, sizes))
 
 
 def worker_slots(config: ServeConfig) -> list[tuple[str, Role]]:
@@ -115,3 +21,18 @@ def worker_slots(config: ServeConfig) -> list[tuple[str, Role]]:
     return [(f"prefill-{i}", Role.PREFILL) for i in range(config.num_prefill)] + [
         (f"decode-{i}", Role.DECODE) for i in range(config.num_decode)
     ]
+
+
+def _may_turn(config: ServeConfig) -> bool:
+    """Where both roles take the same of Ray, and have the same engine; host memory is not handed on."""
+    ray, engine = config.ray, config.engine_of(Role.PREFILL)
+    is_alike = ray.prefill_resource == ray.decode_resource and engine == config.engine_of(Role.DECODE)
+    return is_alike and not engine.host_cache_bytes
+
+
+def _check(config: ServeConfig, wanted: Mapping[str, int]) -> None:
+    if wanted.get("worker") == 0:
+        raise ValueError("pool worker must have at least 1 worker, not 0")
+    replace(  # refuses what the settings would refuse
+        config, num_prefill=wanted.get("prefill", wanted.get("worker", 0)), num_decode=wanted.get("decode", 0)
+    )

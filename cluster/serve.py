@@ -20,7 +20,7 @@ from transformers import AutoTokenizer
 
 from cluster.config import ServeConfig
 from cluster.model_folder import model_folder, model_name
-from cluster.pools import Pools, worker_slots
+from cluster.pools import pools_of, worker_slots
 from cluster.ray_cluster import ray_cluster
 from cluster.router_handle import LocalRouter, RayRouter, RouterAddress
 from cluster.routers import Routers, router_configs
@@ -56,7 +56,7 @@ def run(config: ServeConfig, on_progress: Progress, log_level: str) -> None:
     read_key_and_chain(config.router)  # what is wrong with it should be known now, not once the model is loaded
     signal.signal(signal.SIGTERM, _exit)  # until the event loop has handlers of its own
     on_progress("ray", "starting" if config.ray.address is None else f"joining {config.ray.address}")
-    with ray_cluster(config.ray, list(Pools(config).slots.values())) as has_lost_ray:
+    with ray_cluster(config.ray, list(pools_of(config).slots.values())) as has_lost_ray:
         asyncio.run(_serve(config, facts, has_lost_ray, on_progress, log_level))
         if has_lost_ray():
             raise OSError(f"the Ray node that had joined {config.ray.address} has ended: start again to join it anew")
@@ -135,7 +135,7 @@ def _require_free(listen: str) -> None:
 async def _until_ready(
     config: ServeConfig, routers: Routers, supervisor: Supervisor, stop: asyncio.Event, on_progress: Progress
 ) -> list[RouterAddress]:
-    addresses = await _unless_stopped(stop, routers.start(*Pools(config).num_expected))
+    addresses = await _unless_stopped(stop, routers.start(*pools_of(config).num_expected))
     await _unless_stopped(stop, supervisor.start())
     on_progress("router", "warming links")
     await _unless_stopped(stop, routers.wait_ready(LINK_TIMEOUT_S))

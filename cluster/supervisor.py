@@ -1,6 +1,6 @@
 """Keeps the workers that there should be alive: makes each one, waits until it is loaded, shows it to the routers, puts
-a new incarnation in the place of one that died, and takes those out that are to leave. Which there should be, pools.py
-says. Places no request."""
+a new incarnation in the place of one that died, and takes those out that are to leave. Which there should be,
+router/pools.py says. Places no request."""
 
 from __future__ import annotations
 
@@ -11,14 +11,15 @@ import secrets
 from collections.abc import Callable, Coroutine, Mapping
 
 from cluster.actors import PROGRESS_INTERVAL_S, ActorHandle
-from cluster.autoscaling import Autoscaling
 from cluster.config import ServeConfig
-from cluster.pools import Pools, Turn
+from cluster.pools import pools_of
 from cluster.routers import Routers
 from engine.worker import WorkerReady
 from engine.worker_config import WorkerSpec
 from protos.types import PeerRef, Role
+from router.autoscaling import Autoscaling
 from router.pool_counts import PoolCounts
+from router.pools import Turn
 from router.published_view import Drain, Order, Scale
 
 logger = logging.getLogger("twinring.cluster")
@@ -41,12 +42,13 @@ class Supervisor:
         self._routers = routers
         self._on_progress = on_progress
         self._log_level = log_level
-        self._pools = Pools(config)
+        self._pools = pools_of(config)
         self._actors: dict[str, ActorHandle] = {}
         self._coming: dict[str, asyncio.Task[None]] = {}
         self._leaving: dict[str, asyncio.Task[None]] = {}
         self._shown: dict[str, PeerRef] = {}  # what routers know by each name, alive or dead
-        self._autoscaling = Autoscaling(config.autoscaler) if config.autoscaler.enabled else None
+        self._first: WorkerReady | None = None  # of all workers: what it computes, the others must compute, too
+        self._autoscaling = Autoscaling(config.autoscaler, self._pools.may_turn) if config.autoscaler.enabled else None
         self._has_started = False
         self._stopping = False
 
@@ -99,15 +101,16 @@ class Supervisor:
         """Where pools change their sizes by themselves; one that is changing is left alone until it has changed."""
         if self._autoscaling is None or not self._has_started or self._stopping:
             return
-        now = asyncio.get_running_loop().time()
-        unsettled = {self._pools.role_of(worker_id) for worker_id in [*self._coming, *self._leaving]}
-        sizes = {role: size for role, size in self._pools.sizes.items() if role not in unsettled}
-        for resize in self._autoscaling.heard(router_id, counts, sizes, now):
+        sizes = self._pools.settled(self._actors, changing=[*self._coming, *self._leaving])
+        resizes = self._autoscaling.heard(router_id, counts, sizes, asyncio.get_running_loop().time())
+        if not resizes:
+            return
+        for resize in resizes:
             self._routers.note_event(f"autoscaler: {resize.reason}")
-            try:
-                self._scale({self._pools.pool_of(resize.role): resize.num_workers})
-            except ValueError as error:
-                self._routers.note_event(f"autoscaler: not possible: {error}")
+        try:
+            self._scale({self._pools.pool_of(resize.role): resize.num_workers for resize in resizes})
+        except ValueError as error:
+            self._routers.note_event(f"autoscaler: not possible: {error}")
 
     def _order_drain(self, order: Drain) -> None:
         if order.who not in self._pools.slots:
@@ -162,10 +165,20 @@ class Supervisor:
         )
 
     async def _show(self, ready: WorkerReady) -> None:
+        self._require_same_bits(ready)
         ref = self._shown[ready.ref.worker_id] = ready.ref
         await self._routers.add_worker(ref, ready.pid)
         self._on_progress(ref.worker_id, "serving")
         self._routers.note_event(f"worker {ref.worker_id} ({ref.incarnation}) joined, pid {ready.pid}")
+
+    def _require_same_bits(self, ready: WorkerReady) -> None:
+        """Of deterministic workers: a stream that goes on where other bits are computed becomes another one."""
+        first = self._first = self._first or ready
+        if ready.numerics != first.numerics:
+            raise ValueError(
+                f"engine.deterministic: worker {ready.ref.worker_id} computes other bits than {first.ref.worker_id}; "
+                f"it has another processor, PyTorch or number of threads"
+            )
 
     async def _show_progress(self, actor: ActorHandle) -> None:
         while True:

@@ -11,6 +11,8 @@ import torch
 from torch.nn import functional
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from engine.fixed_attention import attend_in_splits
+from engine.fixed_shapes import FixedShapes
 from engine.paged_kv_cache import PagedKVCache
 from engine.step_inputs import AttentionGroup, StepInputs
 
@@ -19,10 +21,12 @@ ATTENTION_NAME = "twinring_paged"
 
 @dataclass(frozen=True, slots=True)
 class KVMeta:
-    """Where a step's rows read and write; travels through the model as the keyword argument kv_meta."""
+    """Where a step's rows read and write; travels through the model as the keyword argument kv_meta. Rows behind those
+    of the step are there to fill a fixed shape: they read nothing, write nothing and get zeros."""
 
     kv_cache: PagedKVCache
     step: StepInputs
+    shapes: FixedShapes | None = None  # of a deterministic worker
 
 
 def paged_attention(
@@ -43,9 +47,12 @@ def paged_attention(
     assert attention_mask is None
     layer = module.layer_idx
     assert isinstance(layer, int)
+    slots = kv_meta.step.slot_mapping
     new_keys, new_values = (new[0].transpose(0, 1).to(kv_meta.kv_cache.tensor.dtype) for new in (key, value))
-    kv_meta.kv_cache.write(layer, new_keys, new_values, kv_meta.step.slot_mapping)
+    kv_meta.kv_cache.write(layer, new_keys[: len(slots)], new_values[: len(slots)], slots)
     rows = query[0].transpose(0, 1)  # [num_rows, num_heads, head_dim]
+    if kv_meta.shapes is not None:
+        return _attend_fixed(rows, layer, kv_meta, kv_meta.shapes, scaling, sliding_window, softcap), None
     attended = [
         _attend(
             rows[g.first_row : g.first_row + g.num_rows], layer, g, kv_meta.kv_cache, scaling, sliding_window, softcap
@@ -53,6 +60,33 @@ def paged_attention(
         for g in kv_meta.step.groups
     ]
     return (attended[0] if len(attended) == 1 else torch.cat(attended)).unsqueeze(0), None
+
+
+def _attend_fixed(
+    rows: torch.Tensor,
+    layer: int,
+    kv_meta: KVMeta,
+    shapes: FixedShapes,
+    scaling: float,
+    sliding_window: int | None,
+    softcap: float | None,
+) -> torch.Tensor:
+    """All rows, [1, num_rows, num_heads, head_dim], attended in the sizes of a deterministic worker, in float32."""
+    num_kv_heads, head_dim = kv_meta.kv_cache.layout.num_kv_heads, kv_meta.kv_cache.layout.head_dim
+    out = torch.zeros_like(rows, memory_format=torch.contiguous_format)
+    for group in kv_meta.step.groups:
+        its_rows = slice(group.first_row, group.first_row + group.num_rows)
+        queries = rows[its_rows].float().reshape(group.num_requests, group.query_len, num_kv_heads, -1, head_dim)
+        keys, values = (
+            each.float().view(group.num_requests, num_kv_heads, group.kv_len, head_dim)
+            for each in kv_meta.kv_cache.read(layer, group.kv_rows)
+        )
+        mask = group.mask(sliding_window, queries.dtype)
+        attended = attend_in_splits(
+            queries.transpose(1, 2), keys, values, mask, scaling, softcap, shapes.queries
+        )  # [num_requests, num_kv_heads, query_len, group_size, head_dim]
+        out[its_rows] = attended.transpose(1, 2).reshape(group.num_rows, -1, head_dim)
+    return out.unsqueeze(0)
 
 
 def _attend(

@@ -7,6 +7,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 
+from engine.deterministic_runner import DeterministicRunner
 from engine.events import Effect, Submitted
 from engine.model_runner import ModelRunner
 from engine.modelled_runner import ModelledRunner
@@ -16,7 +17,10 @@ from protos.types import FinishReason, GenerateRequest, TokenOutput
 
 class LocalEngine:
     def __init__(
-        self, core: WorkerCore, runner: ModelRunner | ModelledRunner, clock: Callable[[], float] = time.monotonic
+        self,
+        core: WorkerCore,
+        runner: ModelRunner | DeterministicRunner | ModelledRunner,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._core = core
         self._runner = runner

@@ -61,7 +61,7 @@ class ModelFacts:
     head_dim: int
     sliding_window: int | None  # tokens; of those layers that have one
 
-    def kv_layout(self, dtype: str, block_size: int, hash_block_size: int) -> KVLayout:
+    def kv_layout(self, dtype: str, block_size: int, hash_block_size: int, numerics: str = "") -> KVLayout:
         """The layout of this model's KV cache on a worker that is not tensor-parallel."""
         if dtype not in ITEMSIZES:
             raise ValueError(f"unsupported dtype {dtype!r}: choose one of {', '.join(ITEMSIZES)}")
@@ -76,6 +76,7 @@ class ModelFacts:
             block_size=block_size,
             hash_block_size=hash_block_size,
             itemsize=ITEMSIZES[dtype],
+            numerics=numerics,
         )
 
     def as_run_by(self, engine: EngineConfig) -> ModelFacts:

@@ -15,6 +15,7 @@ from engine.attention import ATTENTION_NAME
 from engine.fused_modules import fuse
 from engine.half_weights import keep_half_weights, multiplies_natively
 from engine.model_facts import ModelFacts, ModelLoadError, read_model_facts
+from engine.packed_linear import pack_linears
 from engine.paged_kv_cache import torch_dtype
 
 __all__ = ["LoadedModel", "ModelFacts", "ModelLoadError", "load_model", "read_model_facts"]
@@ -31,11 +32,16 @@ class LoadedModel:
 
 
 def load_model(
-    path: str | Path, dtype: str = "float32", device: str | torch.device = "cpu", fused: bool = True
+    path: str | Path,
+    dtype: str = "float32",
+    device: str | torch.device = "cpu",
+    fused: bool = True,
+    packed: bool = False,
 ) -> LoadedModel:
     """The model in folder `path`; ModelLoadError where it is missing, broken or not served.
 
-    fused: with the faster layers of fused_modules.py and half_weights.py, else with those of transformers alone."""
+    fused: with the faster layers of fused_modules.py and half_weights.py, else with those of transformers alone.
+    packed: with those of packed_linear.py, on the CPU."""
     weights_dtype = torch_dtype(dtype)
     facts = read_model_facts(path)
     # A worker's stderr is a log.
@@ -63,4 +69,6 @@ def load_model(
         fuse(model)
         if torch.device(device).type == "cpu" and not multiplies_natively(weights_dtype):
             keep_half_weights(model)
+    if packed:
+        pack_linears(model)
     return LoadedModel(model.eval().to(device), facts, dtype, torch.device(device))

@@ -1,6 +1,6 @@
 """One step as index tensors, built once and shared by all layers: which rows attend to which slots.
 
-Knows positions and block tables; knows neither model nor tensors of the KV cache."""
+Knows positions, block tables and how a KV cache numbers its slots; knows neither the model nor what is in the slots."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from engine.paged_kv_cache import PagedKVCache
 from engine.scheduler_output import ScheduledRequest
 
 # A group of decodes is cut before padding makes it read this many more tokens: about what one more group costs a CPU.
@@ -26,6 +27,10 @@ class SlotGeometry:
     block_size: int
     slot_stride: int  # slots from one block to the next
     num_kv_heads: int
+
+    @classmethod
+    def of(cls, kv_cache: PagedKVCache) -> SlotGeometry:
+        return cls(kv_cache.layout.block_size, kv_cache.slot_stride, kv_cache.layout.num_kv_heads)
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,14 +82,15 @@ class StepInputs:
 
 
 def build_step_inputs(
-    scheduled: Sequence[ScheduledRequest], geometry: SlotGeometry, device: torch.device
+    scheduled: Sequence[ScheduledRequest], geometry: SlotGeometry, device: torch.device, kv_multiple: int = 1
 ) -> StepInputs:
+    """kv_multiple: every group's kv_len is padded to a multiple of it."""
     requests: list[ScheduledRequest] = []
     groups: list[AttentionGroup] = []
     row_slots: list[Int64Array] = []
     first_row = 0
     for members in _grouped(scheduled):
-        group, own_slots = _build_group(members, first_row, geometry, device)
+        group, own_slots = _build_group(members, first_row, geometry, device, kv_multiple)
         requests += members
         groups.append(group)
         row_slots.append(own_slots)
@@ -131,12 +137,12 @@ def _chunk_token_ids(request: ScheduledRequest) -> np.ndarray[Any, np.dtype[np.i
 
 
 def _build_group(
-    members: Sequence[ScheduledRequest], first_row: int, geometry: SlotGeometry, device: torch.device
+    members: Sequence[ScheduledRequest], first_row: int, geometry: SlotGeometry, device: torch.device, kv_multiple: int
 ) -> tuple[AttentionGroup, Int64Array]:
     """The group, and the slots that its rows write."""
     query_len = members[0].num_scheduled_tokens
     lengths = np.array([[_kv_len(r)] for r in members])  # [num_requests, 1]
-    slots = _padded_slots(members, int(lengths.max()), geometry)
+    slots = _padded_slots(members, -(-int(lengths.max()) // kv_multiple) * kv_multiple, geometry)
     positions = lengths - query_len + np.arange(query_len)  # [num_requests, query_len]
     own_slots = np.take_along_axis(slots, positions, axis=1).reshape(-1)
     # Beyond a request's length lie slots that nobody wrote: read its first one, lest NaN leak through the mask.

@@ -48,6 +48,7 @@ class WorkerReady:
     num_blocks: int
     max_model_len: int
     model_fingerprint: str
+    numerics: str = ""  # as in KVLayout
 
 
 class Worker:
@@ -78,21 +79,30 @@ class Worker:
         self._progress = "reading weights"
         if engine.modelled_hardware is None:
             # Only here: the process that launches workers knows this class and runs no model.
+            from engine.determinism_check import find_fixed_shapes
+            from engine.deterministic_runner import DeterministicRunner
             from engine.model_loader import load_model
             from engine.model_runner import ModelRunner
 
-            loaded = load_model(engine.model, engine.dtype, engine.device, engine.fused)
-            self._allocate(loaded.facts)
-            self._execute = ModelRunner(loaded, self._kv_cache).execute
+            loaded = load_model(engine.model, engine.dtype, engine.device, engine.fused, packed=engine.deterministic)
+            if engine.deterministic:
+                self._progress = "trying sizes for deterministic steps"
+                shapes = find_fixed_shapes(loaded)
+                logger.info("computes deterministically", extra={"fields": {"rows": shapes.rows}})
+                self._allocate(loaded.facts, shapes.digest)
+                self._execute = DeterministicRunner(loaded, self._kv_cache, shapes).execute
+            else:
+                self._allocate(loaded.facts)
+                self._execute = ModelRunner(loaded, self._kv_cache).execute
         else:
             self._allocate(read_model_facts(engine.model).as_run_by(engine))
             self._execute = ModelledRunner(engine.modelled_hardware.cost, time.sleep).execute
         self._progress = "loaded"
 
-    def _allocate(self, facts: ModelFacts) -> None:
+    def _allocate(self, facts: ModelFacts, numerics: str = "") -> None:
         self._progress = "allocating KV blocks"
         engine = self._spec.engine
-        layout = facts.kv_layout(engine.dtype, engine.block_size, engine.hash_block_size)
+        layout = facts.kv_layout(engine.dtype, engine.block_size, engine.hash_block_size, numerics)
         num_blocks = engine.fixed_num_blocks or num_blocks_for(engine.kv_cache_bytes, layout)
         self._kv_cache = PagedKVCache(layout, num_blocks, engine.device)
         kv_nbytes_per_token = layout.block_nbytes // layout.block_size
@@ -141,7 +151,8 @@ class Worker:
         self._tasks.append(asyncio.create_task(host.keep_lease()))
         self._tasks.append(asyncio.create_task(self._health.keep(self._spec.lease.heartbeat_interval_s)))
         self._progress = "serving"
-        return WorkerReady(me, os.getpid(), self._kv_cache.num_blocks, self._config.max_model_len, fingerprint)
+        num_blocks, numerics = self._kv_cache.num_blocks, self._kv_cache.layout.numerics
+        return WorkerReady(me, os.getpid(), num_blocks, self._config.max_model_len, fingerprint, numerics)
 
     def leave(self) -> None:
         """Called on any thread, to have this process ended: its routers see to that, when they need it no more. One

@@ -28,6 +28,7 @@ class EngineConfig:
     enable_prefix_caching: bool = True  # keep blocks of ended requests, and find them by their hashes
     max_migration_tail_blocks: int = 1  # a decode that migrates stops when so many of its KV blocks are left to send
     fused: bool = True  # faster layers in place of transformers' own
+    deterministic: bool = False  # a request gets the same bits whatever runs beside it (docs/determinism.md)
     pulls: PullConfig | None = field(default_factory=PullConfig)  # prefixes that others hold; null: no pulls
     modelled: str | Hardware | None = None  # steps compute nothing and take as long as on this (docs/simulator.md)
 
@@ -49,6 +50,8 @@ class EngineConfig:
         if isinstance(self.modelled, str) and self.modelled not in HARDWARE:
             rows = ", ".join(HARDWARE)
             raise ValueError(f"modelled must be one of {rows}, or costs and memory, not {self.modelled!r}")
+        if self.deterministic and self.device != "cpu":
+            raise ValueError(f"deterministic needs device cpu, not {self.device!r}")
         if self.host_cache_bytes < 0:
             raise ValueError(f"host_cache_bytes must not be negative, got {self.host_cache_bytes}")
         if self.host_cache_bytes and not self.enable_prefix_caching:

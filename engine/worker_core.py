@@ -349,6 +349,7 @@ class WorkerCore:
             prefill_cost=self._speed.cost,
             pull_cost=self._pull_speed.cost,
             pulls=self._pulls.stats,
+            max_num_seqs=self._config.max_num_seqs,
         )
 
     # --- inside ---------------------------------------------------------------------------------------------------

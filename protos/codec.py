@@ -348,6 +348,7 @@ def _stats_to_proto(stats: WorkerStats) -> pb.WorkerStats:
         prefill_cost=_prefill_cost_to_proto(stats.prefill_cost),
         pull_cost=None if pull is None else pb.PullCost(s_per_token=pull.s_per_token, base_s=pull.base_s),
         pulls=_pulls_to_proto(stats.pulls),
+        max_num_seqs=stats.max_num_seqs,
     )
 
 
@@ -374,6 +375,7 @@ def _stats_from_proto(message: pb.WorkerStats) -> WorkerStats:
         prefill_cost=_prefill_cost_from_proto(message.prefill_cost) if message.HasField("prefill_cost") else None,
         pull_cost=PullCost(pull.s_per_token, pull.base_s) if message.HasField("pull_cost") else None,
         pulls=_pulls_from_proto(message.pulls),
+        max_num_seqs=message.max_num_seqs,
     )
 
 

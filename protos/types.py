@@ -257,6 +257,7 @@ class WorkerStats:
     pulls: PullStats = PullStats()
     num_cached_host_blocks: int = 0
     num_host_loaded_tokens: int = 0  # brought back from host memory
+    max_num_seqs: int = 0  # requests that it runs at once; 0: it does not say
 
 
 @dataclass(frozen=True, slots=True)
@@ -299,6 +300,7 @@ class KVLayout:
     tp_rank: int = 0
     tp_size: int = 1
     itemsize: int = field(default=4)
+    numerics: str = ""  # digest of bits that a deterministic worker computes; empty: it is none
 
     @property
     def block_nbytes(self) -> int:

@@ -352,7 +352,7 @@ class PullStats(_message.Message):
     def __init__(self, num_by_outcome: _Optional[_Mapping[str, int]] = ..., num_tokens: _Optional[int] = ...) -> None: ...
 
 class WorkerStats(_message.Message):
-    __slots__ = ("num_running", "num_waiting", "num_blocks", "num_free_blocks", "num_cached_blocks", "num_held_blocks", "num_leased_blocks", "ledger_balanced", "num_pending_prefill_tokens", "prefill_s_per_token", "warm_links", "num_steps", "transfers", "num_host_blocks", "num_cached_host_blocks", "num_host_loaded_tokens", "step_moments", "prefill_cost", "pull_cost", "pulls")
+    __slots__ = ("num_running", "num_waiting", "num_blocks", "num_free_blocks", "num_cached_blocks", "num_held_blocks", "num_leased_blocks", "ledger_balanced", "num_pending_prefill_tokens", "prefill_s_per_token", "warm_links", "num_steps", "transfers", "num_host_blocks", "num_cached_host_blocks", "num_host_loaded_tokens", "step_moments", "prefill_cost", "pull_cost", "pulls", "max_num_seqs")
     NUM_RUNNING_FIELD_NUMBER: _ClassVar[int]
     NUM_WAITING_FIELD_NUMBER: _ClassVar[int]
     NUM_BLOCKS_FIELD_NUMBER: _ClassVar[int]
@@ -373,6 +373,7 @@ class WorkerStats(_message.Message):
     PREFILL_COST_FIELD_NUMBER: _ClassVar[int]
     PULL_COST_FIELD_NUMBER: _ClassVar[int]
     PULLS_FIELD_NUMBER: _ClassVar[int]
+    MAX_NUM_SEQS_FIELD_NUMBER: _ClassVar[int]
     num_running: int
     num_waiting: int
     num_blocks: int
@@ -393,7 +394,8 @@ class WorkerStats(_message.Message):
     prefill_cost: PrefillCost
     pull_cost: PullCost
     pulls: PullStats
-    def __init__(self, num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., num_blocks: _Optional[int] = ..., num_free_blocks: _Optional[int] = ..., num_cached_blocks: _Optional[int] = ..., num_held_blocks: _Optional[int] = ..., num_leased_blocks: _Optional[int] = ..., ledger_balanced: _Optional[bool] = ..., num_pending_prefill_tokens: _Optional[int] = ..., prefill_s_per_token: _Optional[float] = ..., warm_links: _Optional[_Iterable[str]] = ..., num_steps: _Optional[int] = ..., transfers: _Optional[_Union[TransferStats, _Mapping]] = ..., num_host_blocks: _Optional[int] = ..., num_cached_host_blocks: _Optional[int] = ..., num_host_loaded_tokens: _Optional[int] = ..., step_moments: _Optional[_Iterable[_Union[StepMoments, _Mapping]]] = ..., prefill_cost: _Optional[_Union[PrefillCost, _Mapping]] = ..., pull_cost: _Optional[_Union[PullCost, _Mapping]] = ..., pulls: _Optional[_Union[PullStats, _Mapping]] = ...) -> None: ...
+    max_num_seqs: int
+    def __init__(self, num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., num_blocks: _Optional[int] = ..., num_free_blocks: _Optional[int] = ..., num_cached_blocks: _Optional[int] = ..., num_held_blocks: _Optional[int] = ..., num_leased_blocks: _Optional[int] = ..., ledger_balanced: _Optional[bool] = ..., num_pending_prefill_tokens: _Optional[int] = ..., prefill_s_per_token: _Optional[float] = ..., warm_links: _Optional[_Iterable[str]] = ..., num_steps: _Optional[int] = ..., transfers: _Optional[_Union[TransferStats, _Mapping]] = ..., num_host_blocks: _Optional[int] = ..., num_cached_host_blocks: _Optional[int] = ..., num_host_loaded_tokens: _Optional[int] = ..., step_moments: _Optional[_Iterable[_Union[StepMoments, _Mapping]]] = ..., prefill_cost: _Optional[_Union[PrefillCost, _Mapping]] = ..., pull_cost: _Optional[_Union[PullCost, _Mapping]] = ..., pulls: _Optional[_Union[PullStats, _Mapping]] = ..., max_num_seqs: _Optional[int] = ...) -> None: ...
 
 class LeaveRequest(_message.Message):
     __slots__ = ()

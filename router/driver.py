@@ -78,10 +78,9 @@ class Driver:
                 call = self._calls.get(effect.request_id)
                 if call is not None and not call.put(effect):
                     self.feed(ClientCancelled(effect.request_id))
+                self.pools.heard(effect)
                 if isinstance(effect, Deliver):
                     self._metrics.delivered(effect, now)
-                    if effect.account is not None and effect.finish_reason is not FinishReason.ABORT:
-                        self.pools.ended(effect.account.ttft_s, effect.account.tpot_s)
                     self._follow(effect)
                 else:
                     self._metrics.failed(effect)

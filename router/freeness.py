@@ -40,6 +40,7 @@ class WorkerLoad:
     num_migrations: int = 0  # under way, from here or to here
     block_nbytes: int = 0  # of one KV block, as it travels
     is_leaving: bool = False
+    max_num_seqs: int = 0  # requests that run there at once; 0: nobody knows
 
     def room(self, headroom: float) -> Room:
         """headroom: the share of a worker's memory that requests of high priority keep free beside them."""

@@ -34,11 +34,14 @@ class Migrations:
         view: ClusterView,
         statistics: RouterStatistics,
         make_transfer_id: Callable[[], bytes],
+        note_failed: Callable[[str, str, float], None],
     ) -> None:
+        """note_failed(from, to, now) is told of every migration that comes to nothing."""
         self._statistics = statistics
         self._block_size = config.block_size
         self._view = view
         self._make_transfer_id = make_transfer_id
+        self._note_failed = note_failed
 
     def start(self, in_flight: InFlight | None, wanted: MigrationWanted, now: float) -> list[Effect]:
         """Nothing happens where it cannot be."""
@@ -102,6 +105,7 @@ class Migrations:
         migration.to.note_refused(in_flight.request_id)
         stay = Retarget(in_flight.request_id, attempt.number, None)
         source = attempt.plan.decoding_worker
+        self._note_failed(source.worker_id, migration.to.worker_id, now)
         return [*self._abort_at(migration.to, in_flight, attempt, now), Send(source.worker_id, retargets=(stay,))]
 
     def _can_go(self, in_flight: InFlight, attempt: Attempt, to: WorkerView, now: float) -> bool:

@@ -3,22 +3,30 @@ is made of them is autoscaler.py's."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 
-from protos.types import Role
+from protos.types import FinishReason, Role
 from router.cluster_view import ClusterView, WorkerView
 from router.config import RouterConfig
+from router.events import Deliver, Fail, RefusedFor
+
+# Which pools were too small for a request that was refused. Other reasons are no want of workers.
+SHORT_OF: Mapping[RefusedFor, tuple[Role, ...]] = {
+    RefusedFor.SLO: (Role.PREFILL,),
+    RefusedFor.WORKERS_FULL: (Role.DECODE,),
+    RefusedFor.MAX_IN_FLIGHT: (Role.PREFILL, Role.DECODE),
+}
 
 
 @dataclass(frozen=True, slots=True)
 class PoolCounts:
     """A look at a pool of which no worker was up counts as none."""
 
-    num_ended: int = 0  # requests
+    num_ended: int = 0  # requests, refused ones too
     num_in_slo: int = 0  # of them: TTFT for prefill, TPOT for decode
     num_looks: int = 0
-    queue_s: float = 0.0  # work that waits, per worker: summed over the looks
+    queue: float = 0.0  # work that waits, per worker, in TTFT SLOs: summed over the looks
     use: float = 0.0  # share that is in use: summed over the looks
 
     def __add__(self, other: PoolCounts) -> PoolCounts:
@@ -32,8 +40,21 @@ class PoolWatch:
         self._config = config
         self._counts = dict.fromkeys(Role, PoolCounts())
 
-    def ended(self, ttft_s: float, tpot_s: float) -> None:
-        """A request that was not cut off."""
+    def heard(self, effect: Deliver | Fail) -> None:
+        """A word to a client. One that ends a request counts, unless the request was cut off; one that refuses it for
+        want of room is an SLO that was missed, in the pools that could have had that room."""
+        if isinstance(effect, Fail):
+            for role in self._short_of(effect.refused_for):
+                self._counts[role] += PoolCounts(num_ended=1)
+        elif effect.account is not None and effect.finish_reason is not FinishReason.ABORT:
+            self._ended(effect.account.ttft_s, effect.account.tpot_s)
+
+    def _short_of(self, reason: RefusedFor | None) -> Sequence[Role]:
+        """Where every worker does both there is one pool."""
+        roles = () if reason is None else SHORT_OF.get(reason, ())
+        return (Role.PREFILL,) if roles and self._config.mode == "colocated" else roles
+
+    def _ended(self, ttft_s: float, tpot_s: float) -> None:
         for role, took_s, slo_s in (
             (Role.PREFILL, ttft_s, self._config.ttft_slo_s),
             (Role.DECODE, tpot_s, self._config.tpot_slo_s),
@@ -41,14 +62,20 @@ class PoolWatch:
             self._counts[role] += PoolCounts(num_ended=1, num_in_slo=took_s <= slo_s)
 
     def look(self, view: ClusterView) -> None:
-        """At regular times."""
-        for role, pool, use_of in (
-            (Role.PREFILL, view.prefill_workers(), _is_busy),
-            (Role.DECODE, view.decode_workers(), _kv_use),
-        ):
-            if pool:
-                use = sum(map(use_of, pool)) / len(pool)
-                self._counts[role] += PoolCounts(num_looks=1, queue_s=_queue_s(pool), use=use)
+        """At regular times. What decodes on a worker that prefills, because no other one had room, is work that the
+        decode pool lacks workers for."""
+        prefill, decode = view.prefill_workers(), view.decode_workers()
+        if prefill:
+            self._note(Role.PREFILL, prefill, sum(map(_prefills, prefill)) / len(prefill))
+        if decode:
+            num_blocks = sum(worker.stats.num_blocks for worker in decode)
+            num_local_blocks = sum(worker.placed_blocks.total for worker in prefill)
+            local = num_local_blocks / num_blocks if num_blocks else 0.0
+            self._note(Role.DECODE, decode, sum(map(_kv_use, decode)) / len(decode) + local)
+
+    def _note(self, role: Role, pool: Sequence[WorkerView], use: float) -> None:
+        queue = _queue_s(pool) / max(1e-3, self._config.ttft_slo_s)
+        self._counts[role] += PoolCounts(num_looks=1, queue=queue, use=use)
 
     def take(self) -> dict[Role, PoolCounts]:
         counts, self._counts = self._counts, dict.fromkeys(Role, PoolCounts())
@@ -59,8 +86,8 @@ def _queue_s(pool: Sequence[WorkerView]) -> float:
     return sum(worker.sent_s + worker.queue.work_s for worker in pool) / len(pool)
 
 
-def _is_busy(worker: WorkerView) -> bool:
-    return worker.stats.num_running + worker.stats.num_waiting > 0
+def _prefills(worker: WorkerView) -> bool:
+    return worker.stats.num_pending_prefill_tokens > 0
 
 
 def _kv_use(worker: WorkerView) -> float:

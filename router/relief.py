@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from router.events import MigrationWanted
 from router.freeness import DecodeLoad, WorkerLoad
 
+FAILED_PAUSE_S = 2.0  # between two workers, after a move that was refused or lost
 BURST_S = 1.0  # of the byte rate, that a worker which has moved nothing may move at once
 
 
@@ -47,8 +48,9 @@ class ReliefConfig:
 
 
 class Relief:
-    """Invariant: `_moved_at` has the requests, and `_paired_at` the pairs (from, to), of the last `cooldown_s`;
-    `_paid_until` says of each worker until when what it has moved uses up its byte rate."""
+    """Invariant: `_moved_at` has the requests, and `_paired_at` the pairs (from, to), of the last `cooldown_s`,
+    `_failed_at` the pairs between which a move has failed in the last FAILED_PAUSE_S; `_paid_until` says of each worker
+    until when what it has moved uses up its byte rate."""
 
     def __init__(self, config: ReliefConfig, block_size: int, only_leaving: bool = False) -> None:
         """only_leaving: nobody gives requests away but workers that are to end."""
@@ -57,7 +59,12 @@ class Relief:
         self._low = -math.inf if only_leaving else config.low_freeness
         self._moved_at: dict[str, float] = {}
         self._paired_at: dict[tuple[str, str], float] = {}
+        self._failed_at: dict[tuple[str, str], float] = {}
         self._paid_until: dict[str, float] = {}
+
+    def failed(self, source_id: str, destination_id: str, now: float) -> None:
+        """A move between the two was refused or lost: whatever the reason, it may be there for a while."""
+        self._failed_at[source_id, destination_id] = now
 
     def decide(self, loads: Sequence[WorkerLoad], now: float) -> list[MigrationWanted]:
         """What should begin now. Each of these counts as begun, also where it turns out that it cannot be."""
@@ -88,8 +95,10 @@ class Relief:
     def _may_take(self, worker: _Worker, source: _Worker, now: float) -> bool:
         """Where a worker is to end, whoever has room may take its requests."""
         above = self._config.low_freeness if source.is_leaving else self._config.high_freeness
-        pair_at = self._paired_at.get((worker.worker_id, source.worker_id), -math.inf)
-        return worker.freeness > above and now - pair_at >= self._config.cooldown_s
+        back_at = self._paired_at.get((worker.worker_id, source.worker_id), -math.inf)
+        failed_at = self._failed_at.get((source.worker_id, worker.worker_id), -math.inf)
+        is_calm = now - back_at >= self._config.cooldown_s and now - failed_at >= FAILED_PAUSE_S
+        return worker.freeness > above and worker.runs_one_more and is_calm
 
     def _choose(self, source: _Worker, destination: _Worker, now: float) -> DecodeLoad | None:
         """Of the least urgent, the one with the least KV: it is over there soonest."""
@@ -129,6 +138,7 @@ class Relief:
         oldest = now - self._config.cooldown_s
         self._moved_at = {each: at for each, at in self._moved_at.items() if at > oldest}
         self._paired_at = {each: at for each, at in self._paired_at.items() if at > oldest}
+        self._failed_at = {each: at for each, at in self._failed_at.items() if at > now - FAILED_PAUSE_S}
         self._paid_until = {each: until for each, until in self._paid_until.items() if until > now}
 
 
@@ -145,6 +155,12 @@ class _Worker:
         may_move = (one for one in load.requests if one.may_move)
         self.movable = sorted(may_move, key=lambda one: (one.priority, one.num_blocks, one.request_id))
         self._block_size = block_size
+        self._max_num_seqs = load.max_num_seqs or math.inf
+
+    @property
+    def runs_one_more(self) -> bool:
+        """At once, beside those that are there."""
+        return self.room.num_requests < self._max_num_seqs
 
     @property
     def freeness(self) -> float:

@@ -25,6 +25,10 @@ class Reliever:
         self._decode = decode
         self._relief = Relief(config.relief, config.block_size, only_leaving=not config.relieves)
 
+    def failed(self, source_id: str, destination_id: str, now: float) -> None:
+        """A migration between the two came to nothing."""
+        self._relief.failed(source_id, destination_id, now)
+
     def wanted(self, in_flight: Iterable[InFlight], now: float) -> list[MigrationWanted]:
         if not (self._config.relieves or self._view.draining):
             return []
@@ -82,4 +86,5 @@ def _worker_load(
         num_migrations=num_coming + len(going),
         block_nbytes=stats.transfers.block_nbytes,
         is_leaving=is_leaving,
+        max_num_seqs=stats.max_num_seqs,
     )

@@ -54,8 +54,8 @@ class Router:
         self.planner = Planner(config, self.view)
         self._queues = Queues(config, self.view, self.planner)
         self._handoffs = Handoffs(config, self.planner.decode, make_transfer_id)
-        self._migrations = Migrations(config, self.view, self.statistics, make_transfer_id)
         self._reliever = Reliever(config, self.view, self.planner.decode)
+        self._migrations = Migrations(config, self.view, self.statistics, make_transfer_id, self._reliever.failed)
         self._make_transfer_id = make_transfer_id
         self._in_flight: dict[str, InFlight] = {}
         self._by_client_id: dict[tuple[str, str], list[str]] = {}  # (tenant, client's id) -> its choices in flight

@@ -3,7 +3,8 @@ router/driver.py and cluster/supervisor.py. Decides nothing: it carries effects 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+import math
+from collections.abc import Callable, Iterable, Iterator, Set
 from dataclasses import replace
 from itertools import count
 
@@ -13,6 +14,7 @@ from router.events import Deliver, Event, Fail, Reported, Send, Tick, WorkerDown
 from router.router import Router
 from simulator.arrivals import FrontDoor
 from simulator.clock import Clock
+from simulator.elastic import ElasticPools
 from simulator.host import SimulatedHost
 from simulator.load import LoadProbe
 from simulator.requests import SimRequest
@@ -34,6 +36,7 @@ class SimulatedCluster:
         self.router = Router(setup.router, _transfer_ids())
         self.records: list[RequestRecord] = []
         self.load = LoadProbe(self.router.view)
+        self.pools = ElasticPools(setup, self) if setup.autoscaler.enabled else None
         self._front_door = FrontDoor(setup)
         self._hosts: dict[str, SimulatedHost] = {}
         self._open: dict[str, RequestRecord] = {}
@@ -64,6 +67,11 @@ class SimulatedCluster:
     def ledgers(self) -> dict[str, Ledger]:
         """Of the workers that are alive."""
         return {worker_id: host.core.ledger() for worker_id, host in self._hosts.items()}
+
+    @property
+    def worker_ids(self) -> Set[str]:
+        """Of those that are up."""
+        return self._hosts.keys()
 
     @property
     def num_open_transfers(self) -> int:
@@ -120,6 +128,8 @@ class SimulatedCluster:
 
     def _feed(self, event: Event) -> None:
         for effect in self.router.on(event, self.clock.now):
+            if self.pools is not None and isinstance(effect, Deliver | Fail):
+                self.pools.heard(effect)
             match effect:
                 case Send():
                     self.clock.after(self.setup.message_s, self._take_over, effect)
@@ -148,45 +158,55 @@ class SimulatedCluster:
     # --- workers ------------------------------------------------------------------------------------------------------
 
     def _start_workers(self) -> None:
-        for role, num_workers in ((Role.PREFILL, self.setup.num_prefill), (Role.DECODE, self.setup.num_decode)):
-            for index in range(num_workers):
-                self._join(f"{role.value}-{index}", role)
+        for role in Role:
+            for index in range(self.setup.num_of(role)):
+                self.join(f"{role.value}-{index}", role)
 
     def _change(self, change: Change) -> None:
         if change.kind is ChangeKind.JOIN:
-            self._join(change.worker_id, change.role)
+            self.join(change.worker_id, change.role)
         elif change.kind is ChangeKind.DRAIN:
-            self._drain(change)
+            self.drain(change.worker_id)
         else:
             self._leave(change)
 
-    def _join(self, worker_id: str, role: Role) -> None:
+    def join(self, worker_id: str, role: Role) -> None:
         if worker_id in self._hosts:
             raise ValueError(f"worker {worker_id} is up when it is to join")
         me = PeerRef(worker_id, f"{worker_id}#{next(self._lives)}", worker_id, role)
-        host = SimulatedHost(me, self.setup, self.links, self._report, self._hosts.get)
+        host = SimulatedHost(me, self.setup, self.links, self._report, self._hosts.get, self._drains)
         self._hosts[worker_id] = host
         self.load.joined(me, host.engine, self.clock.now)
         self._feed(WorkerUp(me))
         for each in self._hosts.values():  # the others have a link to it now
             self._report_stats_of(each)
 
-    def _drain(self, change: Change) -> None:
-        host = self._hosts.get(change.worker_id)
+    def drain(
+        self, worker_id: str, timeout_s: float = math.inf, on_left: Callable[[bool], None] = lambda is_idle: None
+    ) -> None:
+        """It leaves when nothing needs it, or after timeout_s; on_left is told which. It may fail before."""
+        host = self._hosts.get(worker_id)
         if host is None:
-            raise ValueError(f"worker {change.worker_id} is not up when it is to drain")
-        self._feed(WorkerDraining(change.worker_id, host.me.incarnation))
-        self._leave_when_idle(change, host)
+            raise ValueError(f"worker {worker_id} is not up when it is to drain")
+        self._feed(WorkerDraining(worker_id, host.me.incarnation))
+        for each in self._hosts.values():
+            each.engine.cut()  # from now on its tokens are looked at
+        self.clock.after(self.setup.tick_s, self._leave_when_idle, host, self.clock.now + timeout_s, on_left)
 
-    def _leave_when_idle(self, change: Change, host: SimulatedHost) -> None:
-        """It may fail before."""
-        if self._hosts.get(change.worker_id) is not host:
+    def _drains(self) -> bool:
+        return bool(self.router.view.draining)
+
+    def _leave_when_idle(self, host: SimulatedHost, until: float, on_left: Callable[[bool], None]) -> None:
+        worker_id = host.me.worker_id
+        if self._hosts.get(worker_id) is not host:
             return
-        view, ledger = self.router.view.find(change.worker_id, host.me.incarnation), host.engine.core.ledger()
-        if view is None or not (self.router.num_needing(view) or ledger.held or ledger.leased):
-            self._leave(change)
+        view, ledger = self.router.view.find(worker_id, host.me.incarnation), host.engine.core.ledger()
+        is_idle = view is None or not (self.router.num_needing(view) or ledger.held or ledger.leased)
+        if is_idle or self.clock.now >= until:
+            self._leave(Change(self.clock.now, ChangeKind.LEAVE, worker_id, host.me.role))
+            on_left(is_idle)
         else:
-            self.clock.after(self.setup.tick_s, self._leave_when_idle, change, host)
+            self.clock.after(self.setup.tick_s, self._leave_when_idle, host, until, on_left)
 
     def _leave(self, change: Change) -> None:
         worker_id, is_silent = change.worker_id, change.kind is ChangeKind.FAIL
@@ -234,6 +254,8 @@ class SimulatedCluster:
     def _tick(self) -> None:
         self._give_up()
         self._feed(Tick())
+        if self.pools is not None:
+            self.pools.tick(self.router, self.clock.now)
 
     def _report_stats(self) -> None:
         for host in self._hosts.values():
@@ -241,11 +263,12 @@ class SimulatedCluster:
                 self._report_stats_of(host)
 
     def _report_stats_of(self, host: SimulatedHost) -> None:
-        """One that only decodes opens no links."""
-        opens_links = host.me.role is Role.PREFILL and not self.setup.is_colocated
-        links = [worker_id for worker_id, peer in self._hosts.items() if peer.me.role is Role.DECODE]
+        """One that only decodes opens no links, nor does one that hands nothing over."""
+        opens_links = self.setup.num_decode > 0 and host.me.role is Role.PREFILL
+        others = self._hosts.items() if opens_links else ()  # a thousand of them take their time
+        links = tuple(worker_id for worker_id, peer in others if peer.me.role is Role.DECODE)
         transfers = TransferStats(block_nbytes=self.setup.block_nbytes)
-        stats = replace(host.engine.stats(), warm_links=tuple(links) if opens_links else (), transfers=transfers)
+        stats = replace(host.engine.stats(), warm_links=links, transfers=transfers)
         self._report(host, WorkerReport(stats=stats))
 
     def _sample_load(self) -> None:

@@ -45,6 +45,10 @@ def simulate(
     leave: Annotated[list[str] | None, typer.Option(help="120:prefill-3; workers are prefill-0.., decode-0...")] = None,
     drain: Annotated[list[str] | None, typer.Option(help="Likewise; they finish what they have first.")] = None,
     fail: Annotated[list[str] | None, typer.Option(help="Silently: 60:prefill-2,prefill-5.")] = None,
+    autoscale: Annotated[
+        str | None,
+        typer.Option(help="Pools follow the load: default, or a config file with a section autoscaler."),
+    ] = None,
     window: Annotated[
         float | None, typer.Option(help="Seconds of arrivals per point of the share in SLO over time.")
     ] = None,
@@ -85,6 +89,7 @@ def simulate(
         leaves=tuple(leave or ()),
         drains=tuple(drain or ()),
         fails=tuple(fail or ()),
+        autoscale=autoscale,
         window_s=window,
         skips_bad_lines=skip_bad_lines,
     )

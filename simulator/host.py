@@ -43,7 +43,16 @@ class SimulatedHost:
     """One life of one worker. Invariant: what it says to others reaches them after message_s, or not at all where they
     are gone by then."""
 
-    def __init__(self, me: PeerRef, setup: Setup, links: Links, report: Report, find_host: FindHost) -> None:
+    def __init__(
+        self,
+        me: PeerRef,
+        setup: Setup,
+        links: Links,
+        report: Report,
+        find_host: FindHost,
+        drains: Callable[[], bool],
+    ) -> None:
+        """drains: whether any worker does at present."""
         self.me = me
         self.started_at = links.clock.now
         self._links = links
@@ -60,7 +69,7 @@ class SimulatedHost:
         self.core = WorkerCore(scheduler, setup.num_blocks, HASH_KEY, MODEL, me.worker_id, new_pull_id)
         # One that only prefills hands over after its first token: a step of its own must not make more.
         fast_forwards = setup.fast_forwards and (setup.is_colocated or me.role is Role.DECODE)
-        horizons = Horizons(setup) if fast_forwards else None
+        horizons = Horizons(setup, drains) if fast_forwards else None
         cost = setup.hardware.cost
         self.engine = SimulatedWorker(self.core, scheduler, cost, self._clock, self._deliver, horizons)
         self.transfers = TransferAgent(me, links, self.engine.post)

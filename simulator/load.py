@@ -1,4 +1,4 @@
-"""How busy each worker is, over time. Looks on; changes nothing."""
+"""How busy each worker is, over time, and how long there was one. Looks on; changes nothing."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from protos.types import PeerRef, Role
 from router.cluster_view import ClusterView
-from simulator.result import LoadSample, WorkerUse
+from simulator.result import LoadSample, WorkerSpan, WorkerUse
 from simulator.worker import SimulatedWorker
 
 
@@ -27,12 +27,20 @@ class LoadProbe:
         self.samples: list[LoadSample] = []
         self._view = view
         self._watched: list[_Watched] = []
+        self._begun: dict[str, tuple[Role, float]] = {}
+        self._ended: list[WorkerSpan] = []
         self._sampled_at = 0.0
 
+    def started(self, worker_id: str, role: Role, now: float) -> None:
+        """Its process: it joins later, or never."""
+        self._begun[worker_id] = role, now
+
     def joined(self, ref: PeerRef, engine: SimulatedWorker, now: float) -> None:
+        self._begun.setdefault(ref.worker_id, (ref.role, now))
         self._watched.append(_Watched(ref, engine, now))
 
     def left(self, worker_id: str, now: float) -> None:
+        self._ended.append(WorkerSpan(worker_id, *self._begun.pop(worker_id), now))
         for each in self._watched:
             if each.ref.worker_id == worker_id and each.left_at is None:
                 each.left_at = now
@@ -50,6 +58,10 @@ class LoadProbe:
         pending = tuple(self._num_pending_tokens(worker_id) for worker_id in shares)
         self.samples.append(LoadSample(now, tuple(shares), tuple(shares.values()), pending))
         self._sampled_at = now
+
+    def spans(self, now: float) -> tuple[WorkerSpan, ...]:
+        """Of all processes, those too that are still there."""
+        return (*self._ended, *(WorkerSpan(worker_id, *begun, now) for worker_id, begun in self._begun.items()))
 
     def uses(self, now: float) -> tuple[WorkerUse, ...]:
         """Of every life."""

@@ -43,15 +43,29 @@ def over_time_table(report: Report, rate: float) -> Table:
     table = Table(title=f"In both SLOs by arrival, at {rate:.4g} requests/s", title_justify="left", box=box.SIMPLE)
     table.add_column("s", justify="right", no_wrap=True)
     table.add_column("requests", justify="right", no_wrap=True)
+    is_elastic = report.experiment.setup.autoscaler.enabled
     for variant in report.experiment.variants:
         table.add_column(escape(variant.label), justify="right", overflow="fold")
+        if is_elastic:
+            table.add_column("prefill+decode\nworkers", justify="right", no_wrap=True)
     table.add_column("what happened", overflow="fold")
-    shares = [attainments(report, variant.label, rate) for variant in report.experiment.variants]
+    columns: list[list[str]] = []
+    for variant in report.experiment.variants:
+        shares = attainments(report, variant.label, rate)
+        columns.append(["-" if math.isnan(share) else f"{share:.1%}" for _, share in shares])
+        if is_elastic:
+            columns.append(_workers(report, variant.label, rate))
     first = next(case for case in report.cases if case.rate == rate)
-    for window, *row in zip(first.windows, *shares, strict=True):
-        texts = ("-" if math.isnan(share) else f"{share:.1%}" for _, share in row)
+    for window, *texts in zip(first.windows, *columns, strict=True):
         table.add_row(f"{window.start_s:.1f}", str(window.num_requests), *texts, _events(report, window))
     return table
+
+
+def _workers(report: Report, label: str, rate: float) -> list[str]:
+    """Those that load or drain, too; means over ring seeds."""
+    by_seed = [case.workers for case in report.of(label) if case.rate == rate]
+    means = ((fmean(each) for each in zip(*windows, strict=True)) for windows in zip(*by_seed, strict=True))
+    return ["+".join(f"{mean:.1f}" for mean in window) for window in means]
 
 
 def _events(report: Report, window: ArrivalWindow) -> str:

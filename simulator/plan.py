@@ -14,6 +14,7 @@ from pydantic import TypeAdapter, ValidationError
 from protos.cost_model import HARDWARE, Hardware
 from protos.hardware_file import hardware_from_json
 from router.policies.config import PolicyConfig
+from simulator.autoscale import autoscaler_of
 from simulator.changes import changes_of, check_in_time
 from simulator.generator import preset, without_longer_contexts
 from simulator.limits import check_slos, reference_for
@@ -69,6 +70,7 @@ class Plan:
     leaves: Sequence[str]
     drains: Sequence[str]
     fails: Sequence[str]
+    autoscale: str | None
     window_s: float | None
     skips_bad_lines: bool
 
@@ -182,6 +184,8 @@ def setup_of(plan: Plan) -> Setup:
     dispatch_tokens = plan.dispatch_tokens
     if dispatch_tokens is None:
         dispatch_tokens = NUM_STEP_BUDGETS * setup.scheduler.max_num_batched_tokens
+    if plan.autoscale is not None:
+        setup = replace(setup, autoscaler=autoscaler_of(plan.autoscale))
     changes = changes_of(plan.joins, plan.leaves, plan.drains, plan.fails, setup)
     return replace(setup, router=replace(setup.router, dispatch_tokens=dispatch_tokens), changes=changes)
 

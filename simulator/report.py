@@ -245,6 +245,12 @@ def _case_json(case: CaseResult) -> dict[str, Any]:
             [round(w.start_s, 4), w.num_requests, round(w.attainment, 4), round(w.ttft_attainment, 4)]
             for w in case.windows
         ],
+        "worker_s": {role.value: round(seconds, 4) for role, seconds in case.worker_s.items()},
+        "workers": [
+            [round(number, 4) for number in (window.start_s, *counts)]
+            for window, counts in zip(case.windows, case.workers, strict=True)
+        ],
+        "resizes": [[round(event.at_s, 4), event.reason] for event in case.events],
         "load": [[round(number, 4) for number in (load.at_s, load.least, load.mean, load.most)] for load in case.loads],
     }
 

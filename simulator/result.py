@@ -9,6 +9,7 @@ from enum import StrEnum
 from itertools import pairwise
 from statistics import fmean, pstdev
 
+from protos.types import Role
 from router.statistics import RouterStatistics
 from simulator.setup import Setup
 
@@ -91,6 +92,7 @@ class ArrivalWindow:
     num_requests: int
     attainment: float  # nan where none came, as ttft_attainment
     ttft_attainment: float
+    num_good: int = 0  # in both SLOs
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +100,28 @@ class WorkerUse:
     worker_id: str
     busy_share: float  # of the time it was up
     num_steps: int
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerSpan:
+    """A process that was a worker, from its start (before it has loaded the model) to its end or change of role."""
+
+    worker_id: str
+    role: Role
+    start_s: float
+    end_s: float
+
+    def within_s(self, start_s: float, end_s: float) -> float:
+        """How much of it lies in [start_s, end_s)."""
+        return max(0.0, min(self.end_s, end_s) - max(self.start_s, start_s))
+
+
+@dataclass(frozen=True, slots=True)
+class PoolEvent:
+    """What the autoscaler did."""
+
+    at_s: float
+    reason: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,6 +166,12 @@ class Result:
     transfers: TransferCounts
     router: RouterStatistics
     ended_at: float
+    spans: tuple[WorkerSpan, ...] = ()
+    events: tuple[PoolEvent, ...] = ()
+
+    def worker_s(self, role: Role, start_s: float, end_s: float) -> float:
+        """How long workers of this role were there, all together."""
+        return sum(span.within_s(start_s, end_s) for span in self.spans if span.role is role)
 
     @property
     def measured(self) -> tuple[RequestRecord, ...]:
@@ -202,7 +232,8 @@ class Result:
         slos = self.setup.router.ttft_slo_s, self.setup.router.tpot_slo_s
         num_in_ttft = sum(record.ttft_s is not None and record.ttft_s <= slos[0] for record in records)
         num_good = sum(record.meets(*slos) for record in records)
-        return ArrivalWindow(start_s, width_s, len(records), num_good / len(records), num_in_ttft / len(records))
+        shares = num_good / len(records), num_in_ttft / len(records)
+        return ArrivalWindow(start_s, width_s, len(records), *shares, num_good)
 
 
 def percentile(ordered: Sequence[float], share: float) -> float:

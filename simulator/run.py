@@ -30,6 +30,8 @@ def simulate(setup: Setup, requests: Iterable[SimRequest], max_missed: int | Non
         TransferCounts(links.num_arrived, links.num_bytes, tuple(sorted(links.num_lost.items()))),
         cluster.router.statistics,
         now,
+        cluster.load.spans(now),
+        tuple(cluster.pools.events) if cluster.pools else (),
     )
 
 

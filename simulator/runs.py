@@ -18,6 +18,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from simulator.autoscale import pools_table
 from simulator.figure import check_drawable, draw
 from simulator.limits import reference_for
 from simulator.over_time import over_time_table, shown_rate
@@ -67,8 +68,10 @@ def show(report: Report, json: str | None, figure: str | None) -> None:
     out.print(rates_table(report))
     out.print(waits_table(report))
     out.print(goodput_table(report))
-    rate = shown_rate(report)
-    if rate is not None and report.experiment.setup.changes:
+    rate, setup = shown_rate(report), report.experiment.setup
+    if setup.autoscaler.enabled:
+        out.print(pools_table(report))
+    if rate is not None and (setup.changes or setup.autoscaler.enabled):
         out.print(over_time_table(report, rate))
     for note in report.notes:
         out.print(f"note: {note}", highlight=False, markup=False)

@@ -10,6 +10,7 @@ from engine.config import HostTierConfig, SchedulerConfig
 from kvtransfer.config import TransferConfig
 from protos.cost_model import Hardware
 from protos.types import Role
+from router.autoscaler import AutoscalerConfig
 from router.config import RouterConfig
 
 BLOCK_TOKENS = 512  # of a block of the usual traces: a KV block and a hash block here, too
@@ -82,6 +83,10 @@ class Setup:
     tick_s: float = 0.25  # how often deadlines are looked at
     load_interval_s: float = 10.0  # between samples of the load
     changes: tuple[Change, ...] = ()
+    autoscaler: AutoscalerConfig = field(default_factory=AutoscalerConfig)  # enabled: pools change by themselves
+    worker_start_s: float = 60.0  # of one that the autoscaler starts: process, model, until it serves
+    turn_s: float = 1.0  # of one that changes its role, after it has drained
+    worker_drain_timeout_s: float = 30.0  # what one that the autoscaler lets go may still take for what it has
     num_warmup: int = 0  # first requests that the summary leaves out
     fast_forwards: bool = True  # several decode tokens in one step, with the same results; off to check that
 
@@ -94,7 +99,7 @@ class Setup:
                 raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
         for name in (
             *("num_decode", "num_host_tokens", "message_s", "gather_s_per_byte", "scatter_s_per_byte"),
-            "num_warmup",
+            *("num_warmup", "worker_start_s", "turn_s", "worker_drain_timeout_s"),
         ):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
@@ -112,6 +117,11 @@ class Setup:
             )
         if 0 < self.num_host_tokens < self.scheduler.block_size:
             raise ValueError(f"num_host_tokens {self.num_host_tokens} make no block of {self.scheduler.block_size}")
+        if self.autoscaler.enabled and not self.num_decode:
+            raise ValueError("autoscaler needs workers that prefill and others that decode, like 4p4d")
+        if self.autoscaler.enabled and self.changes:
+            kind = self.changes[0].kind.value
+            raise ValueError(f"autoscaler decides who comes and goes: {kind} cannot be given beside it")
         if self.num_blocks < 1:
             raise ValueError(f"{self.hardware.num_kv_tokens} KV tokens make no block of {self.scheduler.block_size}")
 
@@ -122,6 +132,10 @@ class Setup:
     @property
     def is_prefill_only(self) -> bool:
         return self.num_decode == 0 and not self.is_colocated
+
+    def num_of(self, role: Role) -> int:
+        """Workers at the start."""
+        return self.num_prefill if role is Role.PREFILL else self.num_decode
 
     def lease_s(self, change: Change) -> float:
         """How long the router takes a worker for alive that is not."""

@@ -4,21 +4,22 @@ ten meet both SLOs. Decides rates; who carries the runs out, and in how many pro
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from statistics import fmean
 from typing import TYPE_CHECKING, Literal
 
 from engine.config import PullConfig
+from protos.types import Role
 from simulator.limits import num_before
 from simulator.run import simulate
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from router.config import RouterConfig
     from simulator.offered import OfferedLoad
-    from simulator.result import ArrivalWindow, LoadSample, Summary
+    from simulator.result import ArrivalWindow, LoadSample, PoolEvent, Result, Summary
     from simulator.setup import Setup
 
 MIN_ATTAINMENT = 0.9
@@ -98,6 +99,11 @@ class CaseResult:
     loads: tuple[LoadPoint, ...]
     windows: tuple[ArrivalWindow, ...] = ()
     is_searched: bool = False
+    span_s: float = 0.0  # until the last request came
+    num_good: int = 0  # requests in both SLOs, of all
+    worker_s: Mapping[Role, float] = field(default_factory=dict)  # how long workers were there in that time
+    workers: tuple[tuple[float, ...], ...] = ()  # how many of each role, the mean over each window
+    events: tuple[PoolEvent, ...] = ()  # what the autoscaler did
 
 
 def run_case(
@@ -118,7 +124,25 @@ def run_case(
     max_missed = num_measured - math.ceil(MIN_ATTAINMENT * num_measured) if gives_up else None
     result = simulate(setup, requests, max_missed)
     windows = result.windows(experiment.window_s or point_s)
-    return CaseResult(variant.label, rate, ring_seed, result.summary(), tuple(map(_load_point, result.loads)), windows)
+    span_s = requests[-1].at_s
+    return CaseResult(
+        variant.label,
+        rate,
+        ring_seed,
+        result.summary(),
+        tuple(map(_load_point, result.loads)),
+        windows,
+        span_s=span_s,
+        num_good=sum(window.num_good for window in windows),
+        worker_s={role: result.worker_s(role, 0.0, span_s) for role in Role},
+        workers=tuple(_workers(result, window) for window in windows),
+        events=result.events,
+    )
+
+
+def _workers(result: Result, window: ArrivalWindow) -> tuple[float, ...]:
+    end_s = window.start_s + window.width_s
+    return tuple(result.worker_s(role, window.start_s, end_s) / window.width_s for role in Role)
 
 
 def _load_point(load: LoadSample) -> LoadPoint:

@@ -73,6 +73,11 @@ class SimulatedWorker:
         elif len(self._token_times) > 1:
             self._cut(self._clock.now)
 
+    def cut(self) -> None:
+        """A step that stands for several ends with the token that is being made."""
+        if self._end is not None:
+            self._cut(self._clock.now)
+
     def stop(self) -> None:
         """Its life ends: nothing it was doing will be done."""
         for entry in (self._end, self._alarm):

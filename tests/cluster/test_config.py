@@ -152,6 +152,12 @@ def test_ray_address_comes_from_the_environment_unless_given(monkeypatch: pytest
         ),
         ("decode_engine: {dtype: bfloat16}", "decode_engine.dtype is bfloat16, engine.dtype is float32"),
         ("decode_engine: {model: /b}", "decode_engine.model is /b, engine.model is .*: set engine.model only"),
+        ("engine: {deterministic: true, device: cuda}", "deterministic needs device cpu, not 'cuda'"),
+        ("decode_engine: {deterministic: true}", "decode_engine.deterministic is True, engine.deterministic is False"),
+        (
+            "{engine: {deterministic: true}, decode_engine: {num_threads: 2}}",
+            "decode_engine.num_threads is 2, engine.num_threads is 1: set engine.num_threads only",
+        ),
         ("decode_engine: {modelled: 8b-h100}", "decode_engine.modelled is 8b-h100, engine.modelled is None"),
         (
             "{router: {mode: colocated}, decode_engine: {num_blocks: 9}}",

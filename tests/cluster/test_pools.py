@@ -9,15 +9,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cluster.config import RayConfig, ServeConfig
-from cluster.pools import Changes, Pools, Turn
+from cluster.pools import pools_of
 from protos.types import Role
 from router.config import RouterConfig
+from router.pools import Changes, Pools, Turn
 
 COLOCATED = ServeConfig(num_prefill=2, num_decode=1, router=RouterConfig(mode="colocated"))
 
 
 def pools(num_prefill: int, num_decode: int) -> Pools:
-    return Pools(ServeConfig(num_prefill=num_prefill, num_decode=num_decode))
+    return pools_of(ServeConfig(num_prefill=num_prefill, num_decode=num_decode))
 
 
 def test_a_pool_grows_by_the_lowest_free_names_and_shrinks_by_the_newest() -> None:
@@ -45,7 +46,7 @@ def test_where_one_shrinks_and_the_other_grows_workers_change_over() -> None:
     ],
 )
 def test_workers_that_are_not_alike_do_not_change_over(config: ServeConfig) -> None:
-    assert Pools(config).scale({"prefill": 2, "decode": 1}, ()) == Changes(("prefill-1",), ("decode-1",))
+    assert pools_of(config).scale({"prefill": 2, "decode": 1}, ()) == Changes(("prefill-1",), ("decode-1",))
 
 
 @pytest.mark.parametrize(
@@ -74,13 +75,13 @@ def test_the_last_worker_that_prefills_stays() -> None:
 
 
 def test_one_address_for_all_workers_of_a_machine_leaves_room_for_one() -> None:
-    one = Pools(ServeConfig(num_prefill=1, num_decode=0, worker_port=7001))
+    one = pools_of(ServeConfig(num_prefill=1, num_decode=0, worker_port=7001))
     with pytest.raises(ValueError, match="worker_port 7001"):
         one.scale({"decode": 1}, ())
 
 
 def test_colocated_workers_are_one_pool() -> None:
-    one = Pools(COLOCATED)
+    one = pools_of(COLOCATED)
     assert one.scale({"worker": 4}, ()) == Changes(starts=("worker-3",))
     assert one.num_expected == (4, 0)
     with pytest.raises(ValueError, match="there is no pool 'prefill'; pools are worker"):

@@ -36,6 +36,7 @@ class FakeActor:
     fabric: Fabric
     made: list[FakeActor]
     fails_to_become = False
+    numerics = ""
     may_load: asyncio.Event
     may_stop: asyncio.Event
 
@@ -57,7 +58,7 @@ class FakeActor:
         worker.warm_links = tuple(f"decode-{number}" for number in range(9))
         self.lives.append(worker)
         self.ref = await worker.start()
-        return WorkerReady(self.ref, 1, 64, 200, "echo-model")
+        return WorkerReady(self.ref, 1, 64, 200, "echo-model", FakeActor.numerics)
 
     async def become(self, spec: WorkerSpec) -> WorkerReady:
         await self.lives[-1].kill()
@@ -118,6 +119,7 @@ def _fakes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(FakeActor, "fabric", Fabric(token_s=0.02), raising=False)
     monkeypatch.setattr(FakeActor, "made", [], raising=False)
     monkeypatch.setattr(FakeActor, "fails_to_become", False)
+    monkeypatch.setattr(FakeActor, "numerics", "")
 
 
 @pytest.fixture
@@ -162,6 +164,23 @@ async def test_one_that_is_told_to_leave_has_a_successor(cluster: Cluster) -> No
     cluster.supervisor.on_worker_leaving(former.ref)
     await asyncio.sleep(0.2)
     assert len(FakeActor.made) == 5, "its former life has nothing to say"
+
+
+async def test_one_that_computes_other_bits_is_not_shown(cluster: Cluster) -> None:
+    """Of deterministic workers, say on another processor: the place stays empty until one comes that computes alike."""
+    former = actor_of("decode-1")
+    assert former.ref is not None
+    FakeActor.numerics = "other"
+    cluster.supervisor.on_worker_leaving(former.ref)
+    await cluster.until(prefill_0="up", prefill_1="up", decode_0="up")
+    await eventually(lambda: actor_of("decode-1") is not former and actor_of("decode-1").lives)
+    refused = [event for event in await cluster.events() if "decode-1 could not be replaced" in event]
+    assert "worker decode-1 computes other bits than" in refused[0]
+    FakeActor.numerics = ""
+    await cluster.until(prefill_0="up", prefill_1="up", decode_0="up", decode_1="up")
+    for refused_one in FakeActor.made[4:-1]:
+        for life in refused_one.lives:
+            await life.kill()
 
 
 async def test_one_that_dies_while_it_drains_is_replaced_once_if_at_all(cluster: Cluster) -> None:

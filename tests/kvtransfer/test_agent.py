@@ -300,6 +300,7 @@ async def _move_flipped(checksum: str) -> tuple[list[str], bool]:
     ("layout", "config", "reason"),
     [
         (altered(LAYOUT, model_fingerprint="model-b"), CONFIG, "model_fingerprint differs: 'model-a' dials 'model-b'"),
+        (altered(LAYOUT, numerics="of another processor"), CONFIG, "numerics differs: '' dials 'of another processor'"),
         (altered(LAYOUT, block_size=8), CONFIG, "block_size differs"),
         (LAYOUT, TransferConfig(chunk_nbytes=CONFIG.chunk_nbytes, checksum="sum64"), "checksum differs"),
     ],

@@ -129,6 +129,7 @@ def test_report_survives_the_wire() -> None:
             num_cached_host_blocks=13,
             num_host_loaded_tokens=14,
             pulls=PullStats(((PullOutcome.DONE, 3), (PullOutcome.LATE, 1)), 1024),
+            max_num_seqs=15,
         ),
     )
     assert codec.report_from_proto(codec.report_to_proto(report)) == report

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from router.events import MigrationWanted
 from router.freeness import DecodeLoad, WorkerLoad
-from router.relief import BURST_S, Relief, ReliefConfig
+from router.relief import BURST_S, FAILED_PAUSE_S, Relief, ReliefConfig
 
 BLOCK = 4
 NUM_BLOCKS = 100
@@ -90,6 +90,24 @@ def test_the_least_free_gives_to_the_most_free_and_says_why() -> None:
         "hot0", "cold", "hot is full in 4 steps, cold in 400; 10 blocks to move, about 100 tokens to come"
     )
     assert (second.request_id, second.to_worker_id) == ("hot1", "cool"), "360 steps each: cold has one, too, by now"
+
+
+def test_no_worker_is_given_more_than_it_runs_at_once() -> None:
+    one_more = replace(worker("cool", request("c", 10)), max_num_seqs=2)
+    assert moves(full("hot"), one_more) == [("hot0", "cool")]
+    assert moves(full("hot"), replace(one_more, num_other_requests=1)) == []
+    leaving = replace(full("hot"), is_leaving=True)
+    assert moves(leaving, replace(one_more, num_other_requests=1)) == [], "it would be refused all the same"
+
+
+def test_where_a_move_failed_none_is_tried_for_a_while() -> None:
+    relief, loads = Relief(CONFIG, BLOCK), (full("hot"), worker("cold"))
+    relief.failed("hot", "cold", 0.0)
+    assert relief.decide(loads, FAILED_PAUSE_S - 0.1) == []
+    assert relief.decide((*loads, worker("other")), FAILED_PAUSE_S - 0.1), "elsewhere"
+    fresh = Relief(CONFIG, BLOCK)
+    fresh.failed("hot", "cold", 0.0)
+    assert fresh.decide(loads, FAILED_PAUSE_S)
 
 
 def test_nobody_moves_without_need_or_without_room() -> None:

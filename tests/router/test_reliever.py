@@ -8,7 +8,7 @@ from protos.types import MigrationFailed, TransferStats
 from router.config import RouterConfig
 from router.events import MigrationWanted, Send, Tick, WorkerDown, WorkerDraining, WorkerUp
 from router.freeness import DecodeLoad, WorkerLoad
-from router.relief import ReliefConfig
+from router.relief import FAILED_PAUSE_S, ReliefConfig
 from router.reliever import worker_loads
 from router.router import Router
 from tests.router.values import CONFIG, arrived, make_router, output, peer, reported, sends, stats
@@ -98,7 +98,18 @@ def test_one_that_failed_is_left_alone_for_a_while() -> None:
         assert attempt is not None and attempt.migration is not None
         failed = MigrationFailed(request_id, 1, attempt.migration.transfer_id, "no room")
         router.on(reported("d-0", failed_migrations=(failed,)), 1.1)
-    assert migrated(router, 1.25) == ["r2", "r3"]
+    assert migrated(router, 1.25) == [], "nor is the same way tried at once"
+    assert migrated(router, 1.1 + FAILED_PAUSE_S) == ["r2", "r3"]
+
+
+def test_a_worker_that_runs_as_many_as_it_can_takes_none() -> None:
+    router = crowded()
+    full = stats(transfers=NBYTES, num_running=3, max_num_seqs=3)
+    router.on(reported("d-1", stats=full), 0.5)
+    assert loads(router)["d-1"].max_num_seqs == 3
+    assert migrated(router) == []
+    router.on(reported("d-1", stats=replace(full, max_num_seqs=4)), 1.1)
+    assert migrated(router, 1.25) == ["r0"], "one"
 
 
 def test_nothing_moves_where_it_is_off_or_where_there_is_room() -> None:

@@ -205,6 +205,13 @@ def test_json_alone_on_standard_output() -> None:
             "fail '6:prefill-7': prefill-7 is not up; there are prefill-0, prefill-1, decode-0",
         ),
         (["--join", "500:prefill*4"], "join at 500 s is too late: at 2 requests/s the last one comes at"),
+        (
+            ["--autoscale", "fast"],
+            "autoscale must be 'default', or a config file with a section autoscaler, not 'fast'",
+        ),
+        (["--autoscale", "default", "--workers", "2p"], "autoscaler needs workers that prefill and others that decode"),
+        (["--autoscale", "default", "--fail", "6:prefill-1"], "fail cannot be given beside it"),
+        (["--set", "worker_start_s=-1"], "worker_start_s must not be negative, got -1"),
         (["--window", "0"], "window must be positive, not 0"),
         (["--figure", "figure.txt"], "figure must end in .svg, .png, .pdf"),
         (["--json", "/no/such/folder/file"], "no folder for"),
@@ -220,6 +227,45 @@ def test_what_cannot_be_is_refused_before_anything_runs(arguments: list[str], me
 def test_a_trace_that_is_not_there(tmp_path: Path) -> None:
     code, _, err = simulate("--trace", str(tmp_path / "none.jsonl"))
     assert code == 1 and "none.jsonl" in err
+
+
+def test_pools_that_follow_the_load(tmp_path: Path) -> None:
+    file = tmp_path / "serve.yaml"
+    file.write_text("num_prefill: 9\nautoscaler: {grow_after_s: 0, prefill: {max_workers: 2, max_queue: 0.1}}\n")
+    options = ["--rate", "4", "--seeds", "1", "--no-search", "--workers", "1p1d", "--set", "worker_start_s=1"]
+    options += ["--generate", "tool_agent", "--requests", "160", "--warmup", "0", "--autoscale", str(file)]
+    path = tmp_path / "results.json"
+    code, out, err = simulate(*options, "--json", str(path))
+    assert code == 0, err
+    assert "worker-" in out and "prefill+decode" in out
+    (case,) = json.loads(path.read_text())["cases"]
+    assert case["resizes"][0][1].startswith("prefill 1 -> 2: ")
+    prefill = [num_prefill for _, num_prefill, _ in case["workers"]]
+    assert prefill[0] == 1 and max(prefill) == 2
+    end_s = case["workers"][-1][0]
+    assert end_s < case["worker_s"]["prefill"] < 2.2 * end_s
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("num_prefill: 1", "no section autoscaler with settings"),
+        ("autoscaler: yes", "no section autoscaler with settings"),
+        ("autoscaler: {speed: 3}", "unknown setting autoscaler.speed; known: enabled, prefill, decode,"),
+        ("autoscaler: {prefill: {speed: 3}}", "unknown setting autoscaler.prefill.speed; known: min_workers,"),
+        ("autoscaler: {decode: {max_use: 2}}", "autoscaler.decode: Value error, max_use must be in (0, 1], got 2"),
+        ("autoscaler: {prefill: 3}", "autoscaler.prefill: Input should be a dictionary"),
+        ("autoscaler: {grow_after_s: soon}", "autoscaler.grow_after_s: Input should be a valid number"),
+        ("autoscaler: [", "while parsing"),
+    ],
+)
+def test_settings_of_the_autoscaler_that_cannot_be(tmp_path: Path, text: str, message: str) -> None:
+    file = tmp_path / "serve.yaml"
+    file.write_text(text)
+    code, out, err = simulate(*QUICK, "--autoscale", str(file))
+    assert code == 1
+    assert message in " ".join(err.split()), err
+    assert not out
 
 
 def test_workers_as_written() -> None:
