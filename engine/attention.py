@@ -11,6 +11,7 @@ import torch
 from torch.nn import functional
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from engine.device_steps import PagedStep
 from engine.paged_kv_cache import PagedKVCache
 from engine.step_inputs import AttentionGroup, StepInputs
 
@@ -22,7 +23,7 @@ class KVMeta:
     """Where a step's rows read and write; travels through the model as the keyword argument kv_meta."""
 
     kv_cache: PagedKVCache
-    step: StepInputs
+    step: StepInputs | PagedStep
 
 
 def paged_attention(
@@ -43,6 +44,13 @@ def paged_attention(
     assert attention_mask is None
     layer = module.layer_idx
     assert isinstance(layer, int)
+    if isinstance(kv_meta.step, PagedStep):
+        from engine import triton_attention  # not there without a GPU
+
+        how = (scaling, sliding_window, softcap)
+        rows, keys, values = (each[0].transpose(0, 1) for each in (query, key, value))
+        out = triton_attention.write_and_attend(rows, keys, values, layer, kv_meta.step, kv_meta.kv_cache, *how)
+        return out.unsqueeze(0), None
     new_keys, new_values = (new[0].transpose(0, 1).to(kv_meta.kv_cache.tensor.dtype) for new in (key, value))
     kv_meta.kv_cache.write(layer, new_keys, new_values, kv_meta.step.slot_mapping)
     rows = query[0].transpose(0, 1)  # [num_rows, num_heads, head_dim]

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 
 from engine.events import CopyDirection
-from engine.paged_kv_cache import PagedKVCache
+from engine.paged_kv_cache import PagedKVCache, select_rows
 
 MAX_BLOCKS_TO_MEASURE = 16
 NUM_ROUNDS = 3  # the best counts: what else runs then says nothing about the copy
@@ -61,7 +61,7 @@ class HostMemory:
             self._device.gather(block_ids[:num_on_device], out[:num_on_device])
         if num_on_device < len(block_ids):
             in_host = torch.tensor(block_ids[num_on_device:], dtype=torch.int64) - num_device_blocks
-            torch.index_select(self._blocks, 0, in_host, out=out[num_on_device:].view(torch.int64))
+            select_rows(self._blocks, in_host, out[num_on_device:].view(torch.int64))
 
     def scatter(self, block_ids: Sequence[int], staged: torch.Tensor) -> None:
         """What comes from elsewhere is written to the device."""

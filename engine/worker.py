@@ -79,21 +79,28 @@ class Worker:
         if engine.modelled_hardware is None:
             # Only here: the process that launches workers knows this class and runs no model.
             from engine.model_loader import load_model
-            from engine.model_runner import ModelRunner
+            from engine.runners import make_runner, num_blocks_beside
 
             loaded = load_model(engine.model, engine.dtype, engine.device, engine.fused)
-            self._allocate(loaded.facts)
-            self._execute = ModelRunner(loaded, self._kv_cache).execute
+            max_model_len = scheduler_config(engine, loaded.facts.max_model_len).max_model_len
+            self._progress = "measuring how much memory a step takes"
+            self._allocate(loaded.facts, num_blocks_beside(loaded, engine, max_model_len))
+            runner = make_runner(loaded, self._kv_cache, engine, max_model_len, self._show_progress)
+            self._execute = runner.execute
         else:
-            self._allocate(read_model_facts(engine.model).as_run_by(engine))
+            facts = read_model_facts(engine.model).as_run_by(engine)
+            layout = facts.kv_layout(engine.dtype, engine.block_size, engine.hash_block_size)
+            self._allocate(facts, engine.fixed_num_blocks or num_blocks_for(engine.kv_nbytes or 0, layout))
             self._execute = ModelledRunner(engine.modelled_hardware.cost, time.sleep).execute
         self._progress = "loaded"
 
-    def _allocate(self, facts: ModelFacts) -> None:
+    def _show_progress(self, progress: str) -> None:
+        self._progress = progress
+
+    def _allocate(self, facts: ModelFacts, num_blocks: int) -> None:
         self._progress = "allocating KV blocks"
         engine = self._spec.engine
         layout = facts.kv_layout(engine.dtype, engine.block_size, engine.hash_block_size)
-        num_blocks = engine.fixed_num_blocks or num_blocks_for(engine.kv_cache_bytes, layout)
         self._kv_cache = PagedKVCache(layout, num_blocks, engine.device)
         kv_nbytes_per_token = layout.block_nbytes // layout.block_size
         self._config = replace(scheduler_config(engine, facts.max_model_len), kv_nbytes_per_token=kv_nbytes_per_token)

@@ -27,9 +27,10 @@ ARROWS: dict[str, set[str]] = {
 # all of that as values, so that the simulator can run it under a clock of its own.
 SHELLS: dict[str, str] = {
     "protos": "codec",
-    "engine": """attention engine_thread fused_modules half_weights host_copies host_memory local_engine logits
-        model_facts model_loader model_runner paged_kv_cache request_owners router_session sampler step_inputs
-        transfer_port worker worker_health worker_host""",
+    "engine": """attention decode_buffers decode_graphs device_memory device_runner device_steps engine_thread
+        fused_modules half_weights host_copies host_memory local_engine logits model_facts model_loader model_runner
+        paged_kv_cache request_owners router_session runners sampler step_inputs transfer_port triton_attention worker
+        worker_health worker_host""",
     "kvtransfer": """agent asks block_store destination_lane destination_side gloo_link greeter lane_thread life_mark
         local_socket memory_link outgoing_peer peer_channel segment shared_memory_link source_lane source_side staging
         transport transports""",
