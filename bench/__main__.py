@@ -7,7 +7,7 @@ import sys
 
 from rich.console import Console
 
-from bench.harness import benchmark_names, description_of, load_benchmark, print_table, to_json
+from bench.harness import WithSections, benchmark_names, description_of, load_benchmark, print_table, to_json
 
 
 def print_list(console: Console) -> None:
@@ -23,6 +23,7 @@ def main() -> int:
     parser.add_argument("name", nargs="?", help="which one; without it, lists them")
     parser.add_argument("--quick", action="store_true", help="fewer and smaller runs: does it work, not how fast")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
+    parser.add_argument("--only", metavar="SECTION,...", help="of a benchmark that has sections: no others")
     arguments = parser.parse_args()
     console = Console()
     if arguments.name is None:
@@ -32,12 +33,20 @@ def main() -> int:
         benchmark = load_benchmark(arguments.name)
     except ValueError as error:
         parser.error(str(error))
-    figures = benchmark.run(quick=arguments.quick)
+    if arguments.only is None:
+        figures = benchmark.run(quick=arguments.quick)
+    elif isinstance(benchmark, WithSections):
+        sections = tuple(arguments.only.split(","))
+        if unknown := [name for name in sections if name not in benchmark.SECTIONS]:
+            parser.error(f"no section {', '.join(unknown)}; there are: {', '.join(benchmark.SECTIONS)}")
+        figures = benchmark.run(quick=arguments.quick, only=sections)
+    else:
+        parser.error(f"{arguments.name} has no sections")
     if arguments.json:
         print(to_json(arguments.name, figures, benchmark))
     else:
         print_table(console, arguments.name, figures)
-    return 0
+    return benchmark.exit_code(figures) if isinstance(benchmark, WithSections) else 0
 
 
 if __name__ == "__main__":
