@@ -37,6 +37,10 @@ class HostMemory:
             for each in CopyDirection:
                 self._streams[each] = torch.cuda.Stream(device.tensor.device)  # type: ignore[no-untyped-call]
 
+    @property
+    def device(self) -> torch.device:
+        return self._device.device
+
     def copy(self, direction: CopyDirection, from_block_ids: Sequence[int], to_block_ids: Sequence[int]) -> None:
         """Both numbered in their own memory. Over when it returns; safe beside the steps and a copy the other way, as
         long as nobody writes to the ones or uses the others. RuntimeError where the device fails."""

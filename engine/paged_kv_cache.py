@@ -53,6 +53,10 @@ class PagedKVCache:
         self._value_rows = [values.view(-1, layout.head_dim) for values in self._values]
         self.blocks = self.tensor.view(num_blocks, -1).view(torch.int64)  # [num_blocks, block_nbytes / 8]
 
+    @property
+    def device(self) -> torch.device:
+        return self.tensor.device
+
     def write(self, layer: int, keys: torch.Tensor, values: torch.Tensor, slot_mapping: torch.Tensor) -> None:
         """Store one layer's keys and values, [num_tokens, num_kv_heads, head_dim] each, at their slots."""
         self._keys[layer].index_copy_(0, slot_mapping, keys)
