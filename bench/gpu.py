@@ -14,18 +14,21 @@ from dataclasses import asdict, dataclass, field
 
 import torch
 
-from bench import _gpu_engine, _gpu_kernels, _gpu_peer, _gpu_speed
+from bench import _gpu_engine, _gpu_kernels, _gpu_links, _gpu_peer, _gpu_speed
 from bench._gpu_card import GIB, Card, copy_nbytes_per_s, flops_per_s, read_nbytes_per_s, software
 from bench._gpu_models import LLAMA_8B, Shape, loaded_model, plain_model
 from bench.harness import Figure
 from engine.decode_graphs import CudaRecorder, Recorder
+from kvtransfer.config import TransportName
 from protos.cost_fit import PhaseFit, fit_costs
+from protos.types import KVLayout
 
 DESCRIPTION = "the engine on a CUDA GPU: is it right, and how fast (--only SECTION,SECTION; needs the GPU)"
 
 NO_GPU = 3  # exit code
 CONTEXTS = (1024, 8192)
 PROMPTS = (2048, 8192, 32768)
+LINK_KINDS: tuple[TransportName, ...] = ("cuda_ipc", "nccl", "shared_memory", "gloo")
 DECODE_TARGETS = {1: 0.70, 16: 0.65, 64: 0.65}  # of what the measured bandwidth allows
 PREFILL_TARGET = 0.50  # of the measured peak
 
@@ -39,6 +42,7 @@ class Run:
     card: Card
     quick: bool
     shape: Shape = LLAMA_8B
+    link_layout: KVLayout = _gpu_links.LAYOUT_8B
     facts: dict[str, float] = field(default_factory=dict)
     _bench: _gpu_speed.Bench | None = None
 
@@ -155,6 +159,36 @@ def phase_figures(name: str, phase: PhaseFit) -> Figures:
         yield Figure(coefficient, value * 1e6, "us", note=f"+- {phase.standard_errors[coefficient] * 1e6:.2g}")
 
 
+def links(run: Run) -> Figures:
+    """Between two processes on this card; NCCL only where it has both of them there."""
+    run.drop_bench()
+    copied = run.measured("copy") / 2 / 1e9  # bytes that arrive
+    for name in LINK_KINDS:
+        if name == "nccl" and (refusal := _gpu_links.nccl_refusal(nccl_version())):
+            yield Figure("nccl_not_run", 1.0, "", note=refusal)
+            continue
+        plan = link_plan(run, name)
+        values = _gpu_links.link_values(plan, run.card, run.runs)
+        rate = plan.num_bytes / values["seconds"] / 1e9
+        yield exact(f"{name}_wrong_runs", values["wrong"], "runs", 0.0)
+        yield Figure(
+            name, rate, "GB/s", note=f"{rate / copied:.1%} of a copy on the device; {plan.num_bytes >> 20} MiB"
+        )
+        yield Figure(f"{name}_hidden", values["hidden"], "", note="of a move, behind products in the sending process")
+        yield Figure(f"{name}_memory", values["nbytes"] / 2**20, "MiB", note="of the card, both ends with staging")
+        yield Figure(f"{name}_killed_peer", _gpu_links.killed_peer_s(plan, run.card), "s", 6.0, "lower")
+
+
+def link_plan(run: Run, name: TransportName) -> _gpu_links.Plan:
+    num_blocks = 128 if run.card.is_gpu else 6  # 1 GiB
+    return _gpu_links.Plan(name, str(run.card.device), run.link_layout, num_blocks, chunk_blocks=2)
+
+
+def nccl_version() -> tuple[int, ...]:
+    version: tuple[int, ...] = torch.cuda.nccl.version()  # type: ignore[no-untyped-call]
+    return version
+
+
 def generate(run: Run) -> Figures:
     run.drop_bench()
     model = plain_model(run.shape, "bfloat16", run.card.device, "sdpa")
@@ -173,7 +207,7 @@ def continuous(run: Run) -> Figures:
 
 SECTIONS: dict[str, Callable[[Run], Figures]] = {
     section.__name__: section
-    for section in (card, kernels, golden, graphs, memory, decode, prefill, fit, generate, continuous)
+    for section in (card, kernels, golden, graphs, memory, links, decode, prefill, fit, generate, continuous)
 }
 
 

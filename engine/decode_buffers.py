@@ -52,6 +52,7 @@ class DecodeBuffers:
         self._staged_temperatures = torch.zeros(max_rows, 1, pin_memory=pinned)
         self.keys = self._staged_keys.to(device)  # [max_rows, 1]
         self.temperatures = self._staged_temperatures.to(device)  # [max_rows, 1]; 0: the likeliest token
+        self._sampling = self._staged_keys.numpy(), self._staged_temperatures.numpy()
         self._all_rows = torch.arange(max_rows, dtype=torch.int32, device=device)
         self._no_chunks = torch.zeros(1, dtype=torch.int32, device=device)
         self._no_tiles = torch.zeros(0, 2, dtype=torch.int32, device=device)
@@ -71,10 +72,10 @@ class DecodeBuffers:
 
     def fill_sampling(self, scheduled: Sequence[ScheduledRequest]) -> None:
         """Likewise, what is drawn with; see draw_plain."""
+        keys, temperatures = self._sampling
         for row, request in enumerate(scheduled):
             params = request.sampling_params
-            self._staged_temperatures[row] = params.temperature
-            self._staged_keys[row] = signed_key(params.seed, kv_len(request))
+            keys[row], temperatures[row] = signed_key(params.seed, kv_len(request)), params.temperature
         self.temperatures.copy_(self._staged_temperatures, non_blocking=True)
         self.keys.copy_(self._staged_keys, non_blocking=True)
 

@@ -12,12 +12,13 @@ import torch
 
 pytest.importorskip("triton")
 
-from bench import _gpu_engine, _gpu_kernels, _gpu_speed, gpu
+from bench import _gpu_engine, _gpu_kernels, _gpu_links, _gpu_speed, gpu
 from bench._gpu_card import Card
 from bench._gpu_kernels import KernelCase, worst_error
 from bench._gpu_models import Shape, loaded_model
 from bench.harness import Figure
 from engine import triton_attention
+from protos.types import KVLayout
 from tests.engine.test_device_runner import EagerRecorder
 
 TINY = Shape(64, 128, 2, 4, 2, 300, 512)
@@ -40,6 +41,33 @@ def test_a_section_gives_figures(state: gpu.Run, name: str) -> None:
     figures = gpu.section_figures(name, state)
     assert figures and gpu.exit_code(figures) == 0
     assert all(math.isfinite(figure.value) and figure.value > 0 for figure in figures)
+
+
+@pytest.mark.slow
+def test_links_are_measured_between_two_processes(state: gpu.Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Over the kinds that need no GPU."""
+    monkeypatch.setattr(gpu, "LINK_KINDS", ("shared_memory",))
+    state.link_layout = KVLayout("random", "bfloat16", 2, 2, 16, 16, 16, itemsize=2)
+    figures = {figure.key: figure for figure in gpu.section_figures("links", state)}
+    assert figures["shared_memory_wrong_runs"].value == 0
+    assert figures["shared_memory"].value > 0
+    assert figures["shared_memory_killed_peer"].meets_target
+    assert gpu.exit_code(list(figures.values())) == 0
+
+
+def test_bytes_that_changed_on_the_way_are_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    layout = KVLayout("random", "bfloat16", 2, 2, 16, 16, 16, itemsize=2)
+    plan = _gpu_links.Plan("gloo", "cpu", layout, 6, 2)
+    with _gpu_links.linked(plan, CPU) as pair:
+        assert pair.move()[1]
+        wait = pair.link.wait
+        monkeypatch.setattr(pair.link, "wait", lambda number: wait(number).bitwise_not_())
+        assert not pair.move()[1]
+
+
+def test_nccl_is_tried_where_it_takes_two_ranks_on_one_card() -> None:
+    assert "2.28.9 refuses" in _gpu_links.nccl_refusal((2, 28, 9))
+    assert not _gpu_links.nccl_refusal((2, 30, 1))
 
 
 def test_costs_are_fitted_to_the_steps_of_a_grid(state: gpu.Run, monkeypatch: pytest.MonkeyPatch) -> None:
