@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, field
 
 import torch
 
-from bench import _gpu_engine, _gpu_kernels, _gpu_links, _gpu_peer, _gpu_speed
+from bench import _gpu_actor, _gpu_engine, _gpu_kernels, _gpu_links, _gpu_peer, _gpu_speed, _gpu_split
 from bench._gpu_card import GIB, Card, copy_nbytes_per_s, flops_per_s, read_nbytes_per_s, software
 from bench._gpu_models import LLAMA_8B, Shape, loaded_model, plain_model
 from bench.harness import Figure
@@ -30,6 +30,8 @@ CONTEXTS = (1024, 8192)
 PROMPTS = (2048, 8192, 32768)
 LINK_KINDS: tuple[TransportName, ...] = ("cuda_ipc", "nccl", "shared_memory", "gloo")
 DECODE_TARGETS = {1: 0.70, 16: 0.65, 64: 0.65}  # of what the measured bandwidth allows
+SPLIT_RATES = (2.0, 4.0, 6.0, 8.0)  # requests a second
+SPLIT_BLOCKS = (2800, 600, 2200)  # of one process that does both; of the two that do one
 PREFILL_TARGET = 0.50  # of the measured peak
 
 Figures = Iterator[Figure]
@@ -189,6 +191,23 @@ def nccl_version() -> tuple[int, ...]:
     return version
 
 
+def split(run: Run) -> Figures:
+    """With KV for as many tokens in sum, a step budget as large, the same arrivals and promises."""
+    run.drop_bench()
+    both, prefill_only, decode_only = (
+        _gpu_actor.Setting(run.shape, "bfloat16", str(run.card.device), num_blocks) for num_blocks in SPLIT_BLOCKS
+    )
+    loads = [_gpu_actor.Load(rate, 20 if run.quick else 60, 2048, 128) for rate in SPLIT_RATES]
+    note = f"TTFT {loads[0].max_ttft_s:g} s, TPOT {loads[0].max_tpot_s:g} s"
+    with _gpu_actor.colocated(both) as serve:
+        for load in loads:
+            yield Figure(f"goodput_colocated_at_{load.rate:g}", serve(load), "requests/s", note=note)
+    run.card.give_back()
+    with _gpu_split.split(prefill_only, decode_only, "cuda_ipc", chunk_blocks=2) as serve:
+        for load in loads:
+            yield Figure(f"goodput_split_at_{load.rate:g}", serve(load), "requests/s", note=note)
+
+
 def generate(run: Run) -> Figures:
     run.drop_bench()
     model = plain_model(run.shape, "bfloat16", run.card.device, "sdpa")
@@ -207,7 +226,7 @@ def continuous(run: Run) -> Figures:
 
 SECTIONS: dict[str, Callable[[Run], Figures]] = {
     section.__name__: section
-    for section in (card, kernels, golden, graphs, memory, links, decode, prefill, fit, generate, continuous)
+    for section in (card, kernels, golden, graphs, memory, links, decode, prefill, fit, split, generate, continuous)
 }
 
 
