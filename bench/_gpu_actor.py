@@ -1,5 +1,5 @@
-"""An engine that runs on the card as in a worker, with nothing around it, and requests that arrive at random: how many a
-second get what they are promised. Who else is on the card is not known here."""
+"""An engine that runs on the card as in a worker, with nothing around it, and requests that arrive at random: how many
+a second get what they are promised. Who else is on the card is not known here."""
 
 from __future__ import annotations
 
