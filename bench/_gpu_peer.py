@@ -3,14 +3,20 @@ batching. Random weights, random prompts of one length."""
 
 from __future__ import annotations
 
+import multiprocessing
+from collections.abc import Iterator, Sequence
+from multiprocessing.connection import Connection
 from typing import Any
 
 import torch
 from transformers import GenerationConfig, PreTrainedModel
 
 from bench._gpu_card import Card
-from bench._gpu_models import Shape
+from bench._gpu_models import Shape, plain_model
 
+PEER_BLOCK_SIZE = 32  # no larger than its own: more blocks than it needs do no harm
+MAX_BATCH_TOKENS = 2048
+MAX_SILENCE_S = 150.0
 NUM_NEW = 33  # the first of them is the prompt's; the rest are decode steps
 
 
@@ -32,17 +38,42 @@ def generate_rate(card: Card, model: PreTrainedModel, shape: Shape, batch: int, 
     return batch / step_s
 
 
-def continuous_rate(card: Card, model: PreTrainedModel, shape: Shape, batch: int, length: int, runs: int) -> float:
-    """Likewise. Fails where this version of transformers has no generate_batch of this form."""
-    peer: Any = model
-    prompts: list[list[int]] = random_prompts(shape, batch, length).tolist()
+def continuous_rates(card: Card, shape: Shape, dtype: str, batches: Sequence[int], length: int) -> Iterator[float]:
+    """Likewise, in a process of its own: its manager may hang, and a process can be killed. RuntimeError where it does,
+    or where this version of transformers has no generate_batch of this form."""
+    spawn = multiprocessing.get_context("spawn")
+    pipe, theirs = spawn.Pipe()
+    process = spawn.Process(
+        target=_continuous, args=(theirs, str(card.device), shape, dtype, batches, length), daemon=True
+    )
+    process.start()
+    theirs.close()
+    try:
+        for batch in batches:
+            if not pipe.poll(MAX_SILENCE_S):
+                raise RuntimeError(f"generate_batch of {batch} prompts did not end within {MAX_SILENCE_S:.0f} s")
+            yield pipe.recv()
+    except EOFError:
+        raise RuntimeError("the process that runs generate_batch ended; its own words are above") from None
+    finally:
+        process.kill()
+        process.join()
 
-    def settings(num_new: int) -> Any:
-        make: Any = GenerationConfig  # untyped
-        return make(max_new_tokens=num_new, do_sample=False, eos_token_id=-1, pad_token_id=0)
 
-    def run(num_new: int) -> None:
-        peer.generate_batch(prompts, generation_config=settings(num_new))
+def _continuous(pipe: Connection, device: str, shape: Shape, dtype: str, batches: Sequence[int], length: int) -> None:
+    from transformers import ContinuousBatchingConfig  # not in every version
 
-    step_s = (card.median_s(lambda: run(NUM_NEW), runs, 1) - card.median_s(lambda: run(1), runs, 1)) / (NUM_NEW - 1)
-    return batch / step_s
+    card = Card(torch.device(device))
+    model: Any = plain_model(shape, dtype, card.device, "sdpa")
+    make: Any = GenerationConfig  # untyped
+    for batch in batches:
+        prompts: list[list[int]] = random_prompts(shape, batch, length).tolist()
+        num_blocks = batch * (length + 2 * NUM_NEW) // PEER_BLOCK_SIZE + 64
+
+        def run(num_new: int, prompts: list[list[int]] = prompts, num_blocks: int = num_blocks) -> None:
+            settings = make(max_new_tokens=num_new, do_sample=False, eos_token_id=-1, pad_token_id=0)
+            sizes = ContinuousBatchingConfig(num_blocks=num_blocks, max_batch_tokens=MAX_BATCH_TOKENS)
+            model.generate_batch(prompts, generation_config=settings, continuous_batching_config=sizes)
+
+        step_s = (card.median_s(lambda: run(NUM_NEW), 1, 1) - card.median_s(lambda: run(1), 1, 1)) / (NUM_NEW - 1)
+        pipe.send(batch / step_s)

@@ -218,9 +218,9 @@ def generate(run: Run) -> Figures:
 
 def continuous(run: Run) -> Figures:
     run.drop_bench()
-    model = plain_model(run.shape, "bfloat16", run.card.device, "paged|sdpa")
-    for batch in (1, 16, 64):
-        rate = _gpu_peer.continuous_rate(run.card, model, run.shape, batch, CONTEXTS[0], runs=1)
+    batches = (1, 16, 64)
+    rates = _gpu_peer.continuous_rates(run.card, run.shape, "bfloat16", batches, CONTEXTS[0])
+    for batch, rate in zip(batches, rates, strict=True):
         yield Figure(f"transformers_continuous_{batch}_at_{CONTEXTS[0]}", rate, "tok/s")
 
 
