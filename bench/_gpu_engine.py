@@ -93,9 +93,11 @@ def wrong_tokens(
     return num_wrong
 
 
-def golden_errors(card: Card, dtype: str, make_recorder: Callable[[], Recorder], num_new: int) -> dict[str, int]:
+def golden_errors(
+    card: Card, dtype: str, make_recorder: Callable[[], Recorder], num_new: int, layer_kernels: bool = False
+) -> dict[str, int]:
     """Wrong tokens of each way to run a step."""
-    loaded, reference = golden_pair(card, dtype)
+    loaded, reference = golden_pair(card, dtype, layer_kernels)
     runners, given = runners_of(loaded, make_recorder), prompts()
     wrong = {}
     for name in ("torch", "launched", "replayed"):

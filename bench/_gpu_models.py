@@ -82,13 +82,13 @@ def plain_model(shape: Shape, dtype: str, device: torch.device, attention: str, 
     return made
 
 
-def loaded_model(shape: Shape, dtype: str, card: Card, seed: int = 0) -> LoadedModel:
-    model = plain_model(shape, dtype, card.device, ATTENTION_NAME, seed)
-    fuse(model)
+def loaded_model(shape: Shape, dtype: str, card: Card, layer_kernels: bool = False) -> LoadedModel:
+    model = plain_model(shape, dtype, card.device, ATTENTION_NAME)
+    fuse(model, layer_kernels)
     return LoadedModel(model, shape.facts(dtype), dtype, card.device)
 
 
-def golden_pair(card: Card, dtype: str) -> tuple[LoadedModel, PreTrainedModel]:
+def golden_pair(card: Card, dtype: str, layer_kernels: bool = False) -> tuple[LoadedModel, PreTrainedModel]:
     """The small model on the card, and the same weights as transformers runs them, in float32 on the CPU."""
     reference = plain_model(SMALL, "float32", torch.device("cpu"), "eager")
     with torch.no_grad():
@@ -100,7 +100,7 @@ def golden_pair(card: Card, dtype: str) -> tuple[LoadedModel, PreTrainedModel]:
             weight.copy_(weight.to(DTYPES[dtype]))  # both compute with the same numbers
     ours: Any = plain_model(SMALL, dtype, torch.device("cpu"), ATTENTION_NAME)
     ours.load_state_dict(reference.state_dict())
-    fuse(ours)
+    fuse(ours, layer_kernels)
     return LoadedModel(ours.to(card.device), SMALL.facts(dtype), dtype, card.device), reference
 
 

@@ -4,6 +4,7 @@ Random weights and random or poisoned data; no setting of the card is touched.""
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import sys
@@ -100,9 +101,10 @@ def kernels(run: Run) -> Figures:
 
 def golden(run: Run) -> Figures:
     num_new = 8 if run.quick else _gpu_engine.NUM_NEW_TOKENS
-    for dtype in ("float32", "bfloat16"):
-        for name, wrong in _gpu_engine.golden_errors(run.card, dtype, run.recorder, num_new).items():
-            yield exact(f"wrong_tokens_{dtype}_{name}", wrong, "tokens", 0.0)
+    for dtype, layers in itertools.product(("float32", "bfloat16"), ("", "_fused_kernels")):
+        found = _gpu_engine.golden_errors(run.card, dtype, run.recorder, num_new, bool(layers))
+        for name, wrong in found.items():
+            yield exact(f"wrong_tokens_{dtype}_{name}{layers}", wrong, "tokens", 0.0)
 
 
 def graphs(run: Run) -> Figures:
@@ -135,6 +137,17 @@ def decode(run: Run) -> Figures:
             key = f"decode_{batch}_at_{context}"
             yield Figure(key, batch / step_s, "tok/s", note=f"{step_s * 1e3:.2f} ms a step")
             yield Figure(f"{key}_of_roofline", allowed_s / step_s, "", DECODE_TARGETS.get(batch))
+
+
+def fused_kernels(run: Run) -> Figures:
+    """Decode and prefill with more of a layer in Triton, beside `decode` and `prefill`."""
+    run.drop_bench()
+    bench = _gpu_speed.make_bench(run.card, loaded_model(run.shape, "bfloat16", run.card, layer_kernels=True))
+    for batch in (1, 16, 64):
+        step_s = _gpu_speed.decode_s(bench, batch, CONTEXTS[0], run.runs)
+        yield Figure(f"decode_{batch}_at_{CONTEXTS[0]}_fused_kernels", batch / step_s, "tok/s")
+    seconds = _gpu_speed.prefill_s(bench, PROMPTS[0], max(3, run.runs // 2))
+    yield Figure(f"prefill_{PROMPTS[0]}_fused_kernels", PROMPTS[0] / seconds, "tok/s")
 
 
 def prefill(run: Run) -> Figures:
@@ -224,10 +237,9 @@ def continuous(run: Run) -> Figures:
         yield Figure(f"transformers_continuous_{batch}_at_{CONTEXTS[0]}", rate, "tok/s")
 
 
-SECTIONS: dict[str, Callable[[Run], Figures]] = {
-    section.__name__: section
-    for section in (card, kernels, golden, graphs, memory, links, decode, prefill, fit, split, generate, continuous)
-}
+CHECKS = (card, kernels, golden, graphs, memory, links)
+SPEEDS = (decode, prefill, fit, fused_kernels, split, generate, continuous)
+SECTIONS: dict[str, Callable[[Run], Figures]] = {section.__name__: section for section in (*CHECKS, *SPEEDS)}
 
 
 def run(quick: bool, only: tuple[str, ...] = ()) -> list[Figure]:

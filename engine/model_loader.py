@@ -31,11 +31,16 @@ class LoadedModel:
 
 
 def load_model(
-    path: str | Path, dtype: str = "float32", device: str | torch.device = "cpu", fused: bool = True
+    path: str | Path,
+    dtype: str = "float32",
+    device: str | torch.device = "cpu",
+    fused: bool = True,
+    fused_kernels: bool = False,
 ) -> LoadedModel:
     """The model in folder `path`; ModelLoadError where it is missing, broken or not served.
 
-    fused: with the faster layers of fused_modules.py and half_weights.py, else with those of transformers alone."""
+    fused: with the faster layers of fused_modules.py and half_weights.py, else with those of transformers alone;
+    fused_kernels: and with those of triton_layers.py."""
     weights_dtype = torch_dtype(dtype)
     facts = read_model_facts(path)
     # A worker's stderr is a log.
@@ -60,7 +65,7 @@ def load_model(
         if report[problem]:
             raise ModelLoadError(facts.path, f"weights with {problem}: {sorted(report[problem], key=str)[:3]}")
     if fused:
-        fuse(model)
+        fuse(model, fused_kernels)
         if torch.device(device).type == "cpu" and not multiplies_natively(weights_dtype):
             keep_half_weights(model)
     return LoadedModel(model.eval().to(device), facts, dtype, torch.device(device))

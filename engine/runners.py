@@ -55,6 +55,10 @@ def num_blocks_beside(loaded: LoadedModel, engine: EngineConfig, max_model_len: 
     return num_blocks_for(nbytes, layout, "what gpu_memory_utilization leaves")
 
 
+def use_layer_kernels(engine: EngineConfig) -> bool:
+    return engine.fused_kernels and engine.is_on_gpu and find_spec("triton") is not None
+
+
 def largest_step(engine: EngineConfig, max_model_len: int) -> SchedulerOutput:
     """As many tokens as a step may have, over as many prompts as may be in it, each of which draws."""
     num_seqs = min(engine.max_num_seqs, engine.max_num_batched_tokens)

@@ -79,9 +79,9 @@ class Worker:
         if engine.modelled_hardware is None:
             # Only here: the process that launches workers knows this class and runs no model.
             from engine.model_loader import load_model
-            from engine.runners import make_runner, num_blocks_beside
+            from engine.runners import make_runner, num_blocks_beside, use_layer_kernels
 
-            loaded = load_model(engine.model, engine.dtype, engine.device, engine.fused)
+            loaded = load_model(engine.model, engine.dtype, engine.device, engine.fused, use_layer_kernels(engine))
             max_model_len = scheduler_config(engine, loaded.facts.max_model_len).max_model_len
             self._progress = "measuring how much memory a step takes"
             self._allocate(loaded.facts, num_blocks_beside(loaded, engine, max_model_len))

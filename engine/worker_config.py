@@ -34,6 +34,7 @@ class EngineConfig:
     paged_kernels: bool = True  # on a GPU: attention by kernels in Triton, where that is installed; else by PyTorch
     cuda_graphs: bool = True  # with paged_kernels: steps that only decode are recorded at start, and replayed
     fused: bool = True  # faster layers in place of transformers' own
+    fused_kernels: bool = False  # with fused and paged_kernels: more of a layer by kernels in Triton
     pulls: PullConfig | None = field(default_factory=PullConfig)  # prefixes that others hold; null: no pulls
     modelled: str | Hardware | None = None  # steps compute nothing and take as long as on this (docs/simulator.md)
 

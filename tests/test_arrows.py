@@ -29,8 +29,8 @@ SHELLS: dict[str, str] = {
     "protos": "codec",
     "engine": """attention decode_buffers decode_graphs device_memory device_runner device_steps engine_thread
         fused_modules half_weights host_copies host_memory local_engine logits model_facts model_loader model_runner
-        paged_kv_cache request_owners router_session runners sampler step_inputs transfer_port triton_attention worker
-        worker_health worker_host""",
+        paged_kv_cache request_owners router_session runners sampler step_inputs transfer_port triton_attention
+        triton_layers worker worker_health worker_host""",
     "kvtransfer": """agent asks block_store cuda_ipc_link destination_lane destination_side gloo_link greeter
         lane_thread life_mark link_store local_socket memory_link nccl_link outgoing_peer peer_channel polled_link
         segment shared_memory_link source_lane source_side staging transport transports""",

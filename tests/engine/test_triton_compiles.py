@@ -23,7 +23,7 @@ from triton.runtime.jit import JITFunction
 from bench import _gpu_kernels
 from bench._gpu_card import Card
 from bench._gpu_kernels import KernelCase
-from engine import triton_attention
+from engine import triton_attention, triton_layers
 
 TYPES = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.int32: "*i32"}
 OPTIONS = ("num_warps", "num_stages")
@@ -48,6 +48,9 @@ for case in cases:
     pool = _gpu_kernels._Pool(case, Card(torch.device("cpu")))
     rows = torch.zeros(pool.num_rows, case.num_heads, case.head_dim, dtype=_gpu_kernels.DTYPES[case.dtype])
     new = pool.new_rows()
+    triton_layers.gated_silu(rows.flatten(1))
+    angles = torch.zeros(pool.num_rows, case.head_dim, dtype=rows.dtype)
+    triton_layers.rotate_and_write(rows, new[1], angles, angles, pool.cache, 1, pool.step.slot_mapping)
     triton_attention.write_and_attend(rows, *new, 1, pool.step, pool.cache, 0.1, case.window, case.softcap)
 """
 
@@ -67,7 +70,9 @@ def test_every_launch_compiles(capability: int, tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr[-3000:]
     compiled = [line.split() for line in done.stdout.splitlines()]
-    assert {name for name, _, _ in compiled} == {"_write_rows", "_decode_split", "_join_splits", "_prefill_tile"}
+    assert {name for name, _, _ in compiled} == {
+        *("_write_rows", "_decode_split", "_join_splits", "_prefill_tile", "_rotate_and_write", "_gated_silu")
+    }
     assert all(int(shared) <= SHARED_NBYTES[capability] for _, shared, _ in compiled)
     if capability == 90:
         prefills = [int(num_products) for name, _, num_products in compiled if name == "_prefill_tile"]
