@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
 
 from rich.console import Console
@@ -33,15 +34,15 @@ def main() -> int:
         benchmark = load_benchmark(arguments.name)
     except ValueError as error:
         parser.error(str(error))
-    if arguments.only is None:
-        figures = benchmark.run(quick=arguments.quick)
-    elif isinstance(benchmark, WithSections):
-        sections = tuple(arguments.only.split(","))
-        if unknown := [name for name in sections if name not in benchmark.SECTIONS]:
+    sections: dict[str, tuple[str, ...]] = {}
+    if arguments.only is not None:
+        if not isinstance(benchmark, WithSections):
+            parser.error(f"{arguments.name} has no sections")
+        sections["only"] = tuple(arguments.only.split(","))
+        if unknown := [name for name in sections["only"] if name not in benchmark.SECTIONS]:
             parser.error(f"no section {', '.join(unknown)}; there are: {', '.join(benchmark.SECTIONS)}")
-        figures = benchmark.run(quick=arguments.quick, only=sections)
-    else:
-        parser.error(f"{arguments.name} has no sections")
+    with contextlib.redirect_stdout(sys.stderr):  # Ray tells there of workers that died; the figures come alone
+        figures = benchmark.run(quick=arguments.quick, **sections)
     if arguments.json:
         print(to_json(arguments.name, figures, benchmark))
     else:

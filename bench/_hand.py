@@ -14,7 +14,7 @@ from cluster.router_handle import LocalRouter, RouterHandle
 from cluster.routers import Routers
 from cluster.serve import LINK_TIMEOUT_S, served_model, with_folder
 from cluster.supervisor import Supervisor
-from engine.model_loader import read_model_facts
+from engine.model_facts import read_model_facts
 from router.config import RouterConfig
 from router.events import Event
 from router.router import Router

@@ -14,7 +14,7 @@ from cluster.config import ServeConfig
 from cluster.serve import served_model
 from cluster.view_publisher import ViewPublisher
 from decode_worker.actor import DecodeWorker
-from engine.model_loader import read_model_facts
+from engine.model_facts import read_model_facts
 from engine.worker import Worker
 from engine.worker_config import WorkerSpec
 from prefill_worker.actor import PrefillWorker

@@ -28,7 +28,7 @@ SETTINGS = (
     "ray.num_cpus_per_worker=0.1",
     "ray.start_timeout_s=180",
 )
-NUM_CHOICES, CHOICE_TOKENS = 16, 900  # more than the one worker holds
+NUM_CHOICES, CHOICE_TOKENS = 16, 1400  # nearly twice what the one worker holds
 CHOICES_EVERY_S = 25.0
 RATE = 2.0  # requests/s beside them
 MEAN_OUTPUT, MAX_OUTPUT = 200, 1500

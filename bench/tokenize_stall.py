@@ -9,7 +9,7 @@ import time
 from bench.harness import Figure, time_of
 from cluster.config import load_config
 from cluster.serve import served_model
-from engine.model_loader import read_model_facts
+from engine.model_facts import read_model_facts
 from router.prompts import PromptReader
 from router.validation import PublicRequest
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections import Counter
 
 from kvtransfer.block_store import BlockStore
 from kvtransfer.config import TransferConfig
@@ -61,6 +62,7 @@ class SourceSide:
         self._transfers: dict[bytes, SourceTransfer] = {}
         self._peers: dict[str, OutgoingPeer] = {}
         self._lazy: dict[str, None] = {}  # of them those that were dialled for one transfer, longest unused first
+        self._awaited: Counter[str] = Counter()  # peers, by how many wait for a link to them
         self._closing: set[asyncio.Task[None]] = set()
         self._opening: dict[bytes, asyncio.Task[None]] = {}  # transfers that wait for their link
 
@@ -95,18 +97,22 @@ class SourceSide:
         peer = self._dial(member)
         if not is_kept:
             self._note_used(member.incarnation)
+        self._awaited[member.incarnation] += 1
         try:
             async with asyncio.timeout(self._config.connect_timeout_s):
                 await peer.is_warm.wait()
         except TimeoutError:
             return _no_link(member, peer.not_warm_because)
+        finally:
+            self._awaited[member.incarnation] -= 1
+            self._awaited += Counter()  # forgets those that nobody waits for
         return ""
 
     def _note_used(self, incarnation: str) -> None:
-        """Of those that are beyond max_lazy_links then, drop those that move nothing now."""
+        """Of those that are beyond max_lazy_links then, drop those that move nothing now and that nobody waits for."""
         self._lazy.pop(incarnation, None)
         self._lazy[incarnation] = None
-        busy = {transfer.stamp.destination_incarnation for transfer in self._transfers.values()}
+        busy = {transfer.stamp.destination_incarnation for transfer in self._transfers.values()} | self._awaited.keys()
         for former in list(self._lazy)[: -self._config.max_lazy_links]:
             if former not in busy:
                 self._drop(former, "not used for long")

@@ -1,5 +1,5 @@
-"""What holds for every test: Ray starts only where a test says so, torch takes one thread, and kernels in Triton run
-under its interpreter."""
+"""What holds for every test: Ray starts only where a test says so, torch takes one thread, no example has a deadline,
+and kernels in Triton run under its interpreter."""
 
 from __future__ import annotations
 
@@ -12,6 +12,11 @@ from typing import NoReturn
 
 import pytest
 import ray
+from hypothesis import settings
+
+# Hypothesis measures its 200 ms by the clock on the wall: on a machine that stalls, any example may pass them.
+settings.register_profile("twinring", deadline=None)
+settings.load_profile("twinring")
 
 
 def _refuse_to_start(*_: object, **__: object) -> NoReturn:

@@ -408,7 +408,7 @@ class MigrationMachine(RuleBasedStateMachine):
 
 
 TestMigrationMachine = MigrationMachine.TestCase
-TestMigrationMachine.settings = settings(max_examples=40, stateful_step_count=50, deadline=None)
+TestMigrationMachine.settings = settings(max_examples=40, stateful_step_count=50)
 
 
 def test_requests_do_migrate_in_the_model() -> None:

@@ -12,7 +12,8 @@ import pytest
 from cluster.config import load_config
 from cluster.model_folder import model_folder, model_name
 from cluster.serve import kv_estimate, served_model, with_folder
-from engine.model_loader import ModelLoadError, load_model, read_model_facts
+from engine.model_facts import ModelLoadError, read_model_facts
+from engine.model_loader import load_model
 from protos.types import Role
 from tests.tiny_models import save_tiny_model
 

@@ -130,7 +130,7 @@ CHAINS = st.lists(st.integers(0, 1), min_size=1, max_size=6).map(
 )
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.lists(st.lists(CHAINS, min_size=1, max_size=15), min_size=2, max_size=12))
 def test_key_depths_are_decided_once_by_what_all_routers_saw(batches: list[list[tuple[bytes, ...]]]) -> None:
     names = [f"p-{index}" for index in range(8)]
@@ -237,4 +237,4 @@ class AnyHistory(RuleBasedStateMachine):
 
 
 TestAnyHistory = AnyHistory.TestCase
-TestAnyHistory.settings = settings(max_examples=40, stateful_step_count=30, deadline=None)
+TestAnyHistory.settings = settings(max_examples=40, stateful_step_count=30)

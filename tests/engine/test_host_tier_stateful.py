@@ -57,4 +57,4 @@ class TwoTierMachine(HandoffMachine):
 
 
 TestTwoTierMachine = TwoTierMachine.TestCase
-TestTwoTierMachine.settings = settings(max_examples=60, stateful_step_count=50, deadline=None)
+TestTwoTierMachine.settings = settings(max_examples=60, stateful_step_count=50)

@@ -17,7 +17,8 @@ from transformers import AutoModelForCausalLM
 from engine.attention import KVMeta
 from engine.config import SchedulerConfig
 from engine.local_engine import LocalEngine
-from engine.model_loader import ModelLoadError, load_model, read_model_facts
+from engine.model_facts import ModelLoadError, read_model_facts
+from engine.model_loader import load_model
 from engine.model_runner import ModelRunner
 from engine.paged_kv_cache import PagedKVCache
 from engine.scheduler_output import ScheduledRequest

@@ -14,7 +14,8 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 import engine.model_facts
-from engine.model_loader import ModelLoadError, load_model, read_model_facts
+from engine.model_facts import ModelLoadError, read_model_facts
+from engine.model_loader import load_model
 from tests.tiny_models import EOS_TOKEN_ID, VOCAB_SIZE, save_tiny_model, tiny_tokenizer
 
 

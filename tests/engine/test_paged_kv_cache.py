@@ -24,7 +24,7 @@ def numbered_cache(layout: KVLayout = LAYOUT) -> PagedKVCache:
     return cache
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     layer=st.integers(0, LAYOUT.num_layers - 1),
     tokens=st.lists(st.tuples(st.integers(0, NUM_BLOCKS - 1), st.integers(0, 7)), min_size=1, unique=True),

@@ -106,7 +106,7 @@ params_strategy = st.builds(
 )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     rows=st.lists(st.tuples(params_strategy, st.integers(0, 5000)), min_size=1, max_size=9),
     logits_seed=st.integers(0, 1000),

@@ -287,4 +287,4 @@ class HandoffMachine(RuleBasedStateMachine):
 
 
 TestHandoffMachine = HandoffMachine.TestCase
-TestHandoffMachine.settings = settings(max_examples=80, stateful_step_count=50, deadline=None)
+TestHandoffMachine.settings = settings(max_examples=80, stateful_step_count=50)

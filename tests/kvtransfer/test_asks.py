@@ -223,6 +223,24 @@ async def test_the_link_that_was_unused_for_longest_makes_way_unless_it_is_busy(
         assert worker.agent.open_transfers == 0
 
 
+async def test_a_link_that_is_waited_for_does_not_make_way() -> None:
+    config = replace(CONFIG, max_lazy_links=1)
+    home = await Worker(Role.DECODE, "d0", config, seed=1).start()
+    others = [await Worker(Role.DECODE, f"d{number}", config).start() for number in (1, 2)]
+    membership(1, home, *others)
+    moving = [secrets.token_bytes(16) for _ in others]
+    for other, transfer_id in zip(others, moving, strict=True):
+        other.grants((20,))
+        other.agent.expect(transfer_id, home.me, "r", 1, TransferKind.MIGRATE)
+        home.agent.open(transfer_id, other.me, "r", 1, 1, TransferKind.MIGRATE)
+    for transfer_id in moving:
+        await home.host.next("sent", transfer_id)
+        home.agent.abort(transfer_id, "enough")
+    for worker in (home, *others):
+        await worker.stop()
+        assert worker.agent.open_transfers == 0
+
+
 class Stranger:
     """Asks by hand, and knows the secret."""
 

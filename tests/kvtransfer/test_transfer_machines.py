@@ -352,7 +352,7 @@ class TwoMachines(RuleBasedStateMachine):
 
 
 TestTwoMachines = TwoMachines.TestCase
-TestTwoMachines.settings = settings(max_examples=300, stateful_step_count=40, deadline=None)
+TestTwoMachines.settings = settings(max_examples=300, stateful_step_count=40)
 
 
 def test_the_good_path_is_reachable_in_the_model() -> None:

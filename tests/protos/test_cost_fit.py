@@ -59,7 +59,7 @@ def costs(draw: st.DrawFn) -> CostModel:
     return CostModel(about(0.005), floor, per_token, about(1e-9), about(0.01), about(3e-5), about(5e-8))
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(costs(), st.integers(0, 1000))
 def test_exact_times_give_the_exact_costs(cost: CostModel, seed: int) -> None:
     fit = fit_costs(moments_of(workload(cost, seed, sigma=0.0)))
@@ -68,7 +68,7 @@ def test_exact_times_give_the_exact_costs(cost: CostModel, seed: int) -> None:
     assert fit.prefill.relative_error < 1e-6 and fit.decode.relative_error < 1e-6
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(costs(), st.integers(0, 1000))
 def test_noise_is_averaged_out(cost: CostModel, seed: int) -> None:
     """With times off by 5 %, steps within what was measured are predicted within 4 %, and each coefficient that matters

@@ -24,7 +24,7 @@ CONFIG = RouterConfig(
     http_listen="127.0.0.1:0",
     hash_block_size=4,
     block_size=4,
-    lease_s=1.0,
+    lease_s=6.0,  # machines stall: a test of something else must not lose its workers
     heartbeat_interval_s=0.1,
     connect_timeout_s=5.0,
 )

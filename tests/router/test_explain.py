@@ -8,7 +8,7 @@ from typing import Any
 
 import grpc
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from protos import inference_pb2 as pb
@@ -49,7 +49,6 @@ prompts = st.lists(st.integers(0, 3), min_size=1, max_size=24)
 loads = st.tuples(st.integers(0, 100), st.sampled_from([0.0, 0.001, 0.5]))
 
 
-@settings(deadline=None)
 @given(
     st.lists(prompts, max_size=6),
     st.lists(loads, min_size=5, max_size=5),

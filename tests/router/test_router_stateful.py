@@ -326,4 +326,4 @@ class RouterMachine(RuleBasedStateMachine):
 
 
 TestRouter = RouterMachine.TestCase
-TestRouter.settings = settings(max_examples=70, stateful_step_count=60, deadline=None)
+TestRouter.settings = settings(max_examples=70, stateful_step_count=60)

@@ -35,7 +35,7 @@ def test_an_unfinished_character_is_shown_at_the_end() -> None:
     assert "".join(pieces(token_ids, 1)) == TOKEN_TEXT.decode(token_ids)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(st.text(max_size=80), st.integers(1, 7))
 def test_pieces_concatenate_to_the_text(text: str, step: int) -> None:
     assert "".join(pieces(ids(text), step)) == text

@@ -56,7 +56,7 @@ def runs_of_tokens(draw: st.DrawFn, tokenizer: Any) -> list[int]:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(data=st.data(), cuts=st.lists(st.integers(0, 300), max_size=60))
 def test_any_tokens_in_any_split_give_the_whole_decode(kind: str, data: st.DataObject, cuts: list[int]) -> None:
     token_ids = data.draw(runs_of_tokens(TOKENIZERS[kind]))
@@ -66,7 +66,7 @@ def test_any_tokens_in_any_split_give_the_whole_decode(kind: str, data: st.DataO
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(data=st.data(), cuts=st.lists(st.integers(0, 300), max_size=30))
 def test_a_stop_string_ends_the_text_where_the_whole_decode_first_has_it(
     kind: str, data: st.DataObject, cuts: list[int]

@@ -27,7 +27,7 @@ PREFILL_ONLY = {"num_decode": 0}
 COLOCATED = {"num_decode": 0, "mode": "colocated"}
 SPLIT = {"num_decode": 2}
 SHAPES = st.sampled_from([PREFILL_ONLY, COLOCATED, SPLIT])
-CAREFULLY = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+CAREFULLY = settings(max_examples=40, suppress_health_check=[HealthCheck.too_slow])
 
 
 def conserved(chosen: Setup, requests: list[SimRequest]) -> None:

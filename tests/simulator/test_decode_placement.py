@@ -49,7 +49,7 @@ def test_the_difference_is_computed_where_the_rest_is(max_tokens: int) -> None:
     assert record.num_cached_tokens == len(TURN) * BLOCK
 
 
-@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=30, suppress_health_check=[HealthCheck.too_slow])
 @given(workloads(), st.integers(30, 60), st.sampled_from((0, BLOCK, 100)), st.sampled_from((0, 128)), st.booleans())
 def test_every_request_ends_once_and_nothing_is_left(
     requests: list[SimRequest], num_blocks: int, max_tokens: int, dispatch_tokens: int, pulls: bool

@@ -35,7 +35,7 @@ def outcome(result: Result) -> tuple[object, ...]:
     return result.records, result.loads, result.transfers, result.router, result.workers
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.too_slow])
 @given(workloads(), SHAPES, st.integers(30, 60), st.booleans())
 def test_results_are_equal_to_the_last_bit(
     requests: list[SimRequest], shape: dict[str, Any], num_blocks: int, loses_a_worker: bool

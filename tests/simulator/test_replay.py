@@ -80,7 +80,7 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rebalances=st.booleans(),
     changes=st.sampled_from(((), CHANGES)),
 )
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_a_fresh_router_chooses_the_same(
     path: Path, requests: list[SimRequest], policy: PolicyName, **router: object
 ) -> None:

@@ -106,7 +106,7 @@ def test_rates_that_cannot_be_are_refused() -> None:
 # --- traces ---------------------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.integers(0, 10_000), st.floats(0.05, 50.0), st.one_of(st.none(), st.integers(10, 60)))
 def test_sessions_of_a_trace_move_and_their_gaps_stay(seed: int, rate: float, num_requests: int | None) -> None:
     trace = trace_of(Random(seed), 80)
