@@ -149,25 +149,29 @@ def be_the_sender(pipe: Connection, plan: Plan) -> None:
         began_at = time.perf_counter()
         if word == "compute":
             compute(card, left)
-            card.give_back()
+            settle(card)
             pipe.send(time.perf_counter() - began_at)
         else:
             if word == "send and compute":
                 compute(card, left)  # launched, not awaited
             with beside(card):
                 total = mover.send()
-            if card.is_gpu:
-                torch.cuda.synchronize(card.device)
+            settle(card)
             pipe.send((time.perf_counter() - began_at, total))
     link.close()
     transport.close()
 
 
-def compute(card: Card, left: torch.Tensor, rounds: int = 60) -> None:
+def compute(card: Card, left: torch.Tensor, rounds: int = 8) -> None:
     """Stands for a chunk of a prompt: products, one after the other, on the engine's stream."""
     right = left
     for _ in range(rounds):
         right = (left @ right).clamp_(-1, 1)
+
+
+def settle(card: Card) -> None:
+    if card.is_gpu:
+        torch.cuda.synchronize(card.device)
 
 
 def beside(card: Card) -> Any:
