@@ -1,5 +1,5 @@
-"""What holds for every test: Ray starts only where a test says so, torch takes one thread, no clock ends an example, and
-kernels in Triton run under its interpreter."""
+"""What holds for every test: Ray starts only where a test says so, torch takes one thread, no clock ends an example,
+and kernels in Triton run under its interpreter."""
 
 from __future__ import annotations
 
