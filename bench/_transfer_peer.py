@@ -49,6 +49,7 @@ class NoCopies:
     """A store whose blocks are never touched: what remains of a transfer is the wire and the agreement on it."""
 
     layout = LAYOUT
+    device = torch.device("cpu")
 
     def gather(self, block_ids: Sequence[int], out: torch.Tensor) -> None:
         pass

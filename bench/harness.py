@@ -53,6 +53,17 @@ class WithJson(Protocol):
     def json_of(self, figures: list[Figure]) -> dict[str, Any]: ...
 
 
+@runtime_checkable
+class WithSections(Protocol):
+    """Can be run in parts, and knows whether what it found is wrong rather than slow."""
+
+    SECTIONS: Mapping[str, object]
+
+    def run(self, quick: bool, only: tuple[str, ...] = ()) -> list[Figure]: ...
+
+    def exit_code(self, figures: list[Figure]) -> int: ...
+
+
 # --- discovery ----------------------------------------------------------------------------------------------------
 
 

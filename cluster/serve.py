@@ -184,6 +184,8 @@ def kv_estimate(config: ServeConfig, facts: ModelFacts) -> str:
 
 def _kv_room(engine: EngineConfig, facts: ModelFacts) -> str:
     layout = facts.kv_layout(engine.dtype, engine.block_size, engine.hash_block_size)
-    num_blocks = engine.fixed_num_blocks or num_blocks_for(engine.kv_cache_bytes, layout)
+    if engine.fixed_num_blocks is None and engine.kv_nbytes is None:
+        return f"the KV that {engine.gpu_memory_utilization:.0%} of a GPU has room for beside the model"
+    num_blocks = engine.fixed_num_blocks or num_blocks_for(engine.kv_nbytes or 0, layout)
     mib = num_blocks * layout.block_nbytes / 2**20
     return f"{num_blocks * engine.block_size:,} tokens of KV ({num_blocks} blocks, {mib:,.0f} MiB)"

@@ -11,6 +11,7 @@ import torch
 from torch.nn import functional
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from engine.device_steps import PagedStep
 from engine.fixed_attention import attend_in_splits
 from engine.fixed_shapes import FixedShapes
 from engine.paged_kv_cache import PagedKVCache
@@ -25,7 +26,7 @@ class KVMeta:
     of the step are there to fill a fixed shape: they read nothing, write nothing and get zeros."""
 
     kv_cache: PagedKVCache
-    step: StepInputs
+    step: StepInputs | PagedStep
     shapes: FixedShapes | None = None  # of a deterministic worker
 
 
@@ -47,12 +48,20 @@ def paged_attention(
     assert attention_mask is None
     layer = module.layer_idx
     assert isinstance(layer, int)
+    if isinstance(kv_meta.step, PagedStep):
+        from engine import triton_attention  # not there without a GPU
+
+        how = (scaling, sliding_window, softcap)
+        rows, keys, values = (each[0].transpose(0, 1) for each in (query, key, value))
+        out = triton_attention.write_and_attend(rows, keys, values, layer, kv_meta.step, kv_meta.kv_cache, *how)
+        return out.unsqueeze(0), None
     slots = kv_meta.step.slot_mapping
     new_keys, new_values = (new[0].transpose(0, 1).to(kv_meta.kv_cache.tensor.dtype) for new in (key, value))
     kv_meta.kv_cache.write(layer, new_keys[: len(slots)], new_values[: len(slots)], slots)
     rows = query[0].transpose(0, 1)  # [num_rows, num_heads, head_dim]
     if kv_meta.shapes is not None:
-        return _attend_fixed(rows, layer, kv_meta, kv_meta.shapes, scaling, sliding_window, softcap), None
+        step, kv_cache, shapes = kv_meta.step, kv_meta.kv_cache, kv_meta.shapes
+        return _attend_fixed(rows, layer, step, kv_cache, shapes, scaling, sliding_window, softcap), None
     attended = [
         _attend(
             rows[g.first_row : g.first_row + g.num_rows], layer, g, kv_meta.kv_cache, scaling, sliding_window, softcap
@@ -65,21 +74,22 @@ def paged_attention(
 def _attend_fixed(
     rows: torch.Tensor,
     layer: int,
-    kv_meta: KVMeta,
+    step: StepInputs,
+    kv_cache: PagedKVCache,
     shapes: FixedShapes,
     scaling: float,
     sliding_window: int | None,
     softcap: float | None,
 ) -> torch.Tensor:
     """All rows, [1, num_rows, num_heads, head_dim], attended in the sizes of a deterministic worker, in float32."""
-    num_kv_heads, head_dim = kv_meta.kv_cache.layout.num_kv_heads, kv_meta.kv_cache.layout.head_dim
+    num_kv_heads, head_dim = kv_cache.layout.num_kv_heads, kv_cache.layout.head_dim
     out = torch.zeros_like(rows, memory_format=torch.contiguous_format)
-    for group in kv_meta.step.groups:
+    for group in step.groups:
         its_rows = slice(group.first_row, group.first_row + group.num_rows)
         queries = rows[its_rows].float().reshape(group.num_requests, group.query_len, num_kv_heads, -1, head_dim)
         keys, values = (
             each.float().view(group.num_requests, num_kv_heads, group.kv_len, head_dim)
-            for each in kv_meta.kv_cache.read(layer, group.kv_rows)
+            for each in kv_cache.read(layer, group.kv_rows)
         )
         mask = group.mask(sliding_window, queries.dtype)
         attended = attend_in_splits(

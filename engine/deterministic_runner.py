@@ -9,7 +9,7 @@ from torch.nn import functional
 from engine.attention import KVMeta
 from engine.fixed_shapes import SPLIT, FixedShapes, padded, tiles_of
 from engine.model_loader import LoadedModel
-from engine.model_runner import check_layout, next_tokens
+from engine.model_runner import check_layout, sampled_from
 from engine.paged_kv_cache import PagedKVCache
 from engine.scheduler_output import SchedulerOutput, StepResult
 from engine.step_inputs import SlotGeometry, StepInputs, build_step_inputs
@@ -34,7 +34,7 @@ class DeterministicRunner:
             logits = fixed_forward(self._model, step, self.kv_cache, self._shapes)
             sampling = [r for r in step.requests if r.samples]
             for row, request in zip(logits, sampling, strict=True):
-                one = next_tokens(row.clone().unsqueeze(0), [request])
+                one = sampled_from(row.clone().unsqueeze(0), [request])
                 result.sampled.update(one.sampled)
                 result.logprobs.update(one.logprobs)
         return result

@@ -16,15 +16,19 @@ from transformers.models.mistral.modeling_mistral import MistralAttention, Mistr
 from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention, Qwen2MLP, Qwen2RMSNorm
 from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention, Qwen3MLP, Qwen3RMSNorm
 
-from engine.attention import paged_attention
+from engine.attention import KVMeta, paged_attention
+from engine.device_steps import PagedStep
 
 
-def fuse(model: PreTrainedModel) -> None:
-    """Replace the layers that have a faster form, in place."""
+def fuse(model: PreTrainedModel, kernels: bool = False) -> None:
+    """Replace the layers that have a faster form, in place. kernels: with triton_layers.py, where steps are such as
+    device_runner.py makes."""
     for module in reversed(list(model.modules())):  # inner ones first: the outer ones take them over
         for name, child in list(module.named_children()):
             if make := _FUSED.get(type(child)):
-                setattr(module, name, make(child))
+                setattr(module, name, made := make(child))
+                if isinstance(made, FusedAttention | FusedMLP):
+                    made.kernels = kernels
 
 
 class FusedRMSNorm(nn.Module):
@@ -40,20 +44,32 @@ class FusedRMSNorm(nn.Module):
 class FusedMLP(nn.Module):
     """Gate and up in one product."""
 
+    kernels = False
+
     def __init__(self, mlp: Any) -> None:
         super().__init__()
         self.gate_up_proj = merged_linear(mlp.gate_proj, mlp.up_proj)
         self.down_proj = mlp.down_proj
         self._activation: Callable[[torch.Tensor], torch.Tensor] = mlp.act_fn
+        self._is_silu: bool = mlp.config.hidden_act == "silu"
 
     def forward(self, rows: torch.Tensor) -> torch.Tensor:
-        gate, up = self.gate_up_proj(rows).chunk(2, dim=-1)
-        down: torch.Tensor = self.down_proj(self._activation(gate).mul_(up))
+        down: torch.Tensor
+        gate_up = self.gate_up_proj(rows)
+        if self.kernels and self._is_silu:
+            from engine import triton_layers
+
+            down = self.down_proj(triton_layers.gated_silu(gate_up))
+            return down
+        gate, up = gate_up.chunk(2, dim=-1)
+        down = self.down_proj(self._activation(gate).mul_(up))
         return down
 
 
 class FusedAttention(nn.Module):
     """Queries, keys and values in one product, queries and keys rotated together."""
+
+    kernels = False
 
     def __init__(self, attention: Any) -> None:
         super().__init__()
@@ -75,6 +91,8 @@ class FusedAttention(nn.Module):
         """hidden_states: [1, num_rows, hidden_size]; position_embeddings: cosines, sines, [1, num_rows, head_dim]."""
         heads = self.qkv_proj(hidden_states).unflatten(-1, (-1, self._head_dim))  # [1, num_rows, all heads, head_dim]
         num_rotated = self._num_heads + self._num_kv_heads
+        if self.kernels and isinstance(kwargs["kv_meta"].step, PagedStep):
+            return self.o_proj(self._by_kernels(heads, position_embeddings, kwargs["kv_meta"]).flatten(1)[None]), None
         rotated = rotate(self._normed(heads[:, :, :num_rotated]), *position_embeddings)
         attended, _ = paged_attention(
             self,
@@ -87,6 +105,24 @@ class FusedAttention(nn.Module):
             **kwargs,
         )
         return self.o_proj(attended.flatten(2)), None
+
+    def _by_kernels(
+        self, heads: torch.Tensor, position_embeddings: tuple[torch.Tensor, torch.Tensor], kv_meta: KVMeta
+    ) -> torch.Tensor:
+        """[num_rows, num_heads, head_dim]"""
+        from engine import triton_attention, triton_layers
+
+        step, kv_cache = kv_meta.step, kv_meta.kv_cache
+        assert isinstance(step, PagedStep)
+        num_rotated = self._num_heads + self._num_kv_heads
+        rotated, values = self._normed(heads[:, :, :num_rotated])[0], heads[0, :, num_rotated:]
+        cosines, sines = (each[0] for each in position_embeddings)
+        queries = triton_layers.rotate_and_write(
+            rotated, values, cosines, sines, kv_cache, self.layer_idx, step.slot_mapping
+        )
+        return triton_attention.attend(
+            queries, self.layer_idx, step, kv_cache, self._scaling, self._sliding_window, None
+        )
 
     def _normed(self, heads: torch.Tensor) -> torch.Tensor:
         """Qwen 3 norms queries and keys, each with weights of its own."""

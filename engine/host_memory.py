@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 
 from engine.events import CopyDirection
-from engine.paged_kv_cache import PagedKVCache
+from engine.paged_kv_cache import PagedKVCache, select_rows
 
 MAX_BLOCKS_TO_MEASURE = 16
 NUM_ROUNDS = 3  # the best counts: what else runs then says nothing about the copy
@@ -37,6 +37,10 @@ class HostMemory:
             for each in CopyDirection:
                 self._streams[each] = torch.cuda.Stream(device.tensor.device)  # type: ignore[no-untyped-call]
 
+    @property
+    def device(self) -> torch.device:
+        return self._device.device
+
     def copy(self, direction: CopyDirection, from_block_ids: Sequence[int], to_block_ids: Sequence[int]) -> None:
         """Both numbered in their own memory. Over when it returns; safe beside the steps and a copy the other way, as
         long as nobody writes to the ones or uses the others. RuntimeError where the device fails."""
@@ -61,7 +65,7 @@ class HostMemory:
             self._device.gather(block_ids[:num_on_device], out[:num_on_device])
         if num_on_device < len(block_ids):
             in_host = torch.tensor(block_ids[num_on_device:], dtype=torch.int64) - num_device_blocks
-            torch.index_select(self._blocks, 0, in_host, out=out[num_on_device:].view(torch.int64))
+            select_rows(self._blocks, in_host, out[num_on_device:].view(torch.int64))
 
     def scatter(self, block_ids: Sequence[int], staged: torch.Tensor) -> None:
         """What comes from elsewhere is written to the device."""

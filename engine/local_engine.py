@@ -6,22 +6,20 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from typing import Protocol
 
-from engine.deterministic_runner import DeterministicRunner
 from engine.events import Effect, Submitted
-from engine.model_runner import ModelRunner
-from engine.modelled_runner import ModelledRunner
+from engine.scheduler_output import SchedulerOutput, StepResult
 from engine.worker_core import WorkerCore
 from protos.types import FinishReason, GenerateRequest, TokenOutput
 
 
+class Runs(Protocol):
+    def execute(self, output: SchedulerOutput) -> StepResult: ...
+
+
 class LocalEngine:
-    def __init__(
-        self,
-        core: WorkerCore,
-        runner: ModelRunner | DeterministicRunner | ModelledRunner,
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
+    def __init__(self, core: WorkerCore, runner: Runs, clock: Callable[[], float] = time.monotonic) -> None:
         self._core = core
         self._runner = runner
         self._clock = clock

@@ -36,12 +36,13 @@ def load_model(
     dtype: str = "float32",
     device: str | torch.device = "cpu",
     fused: bool = True,
+    fused_kernels: bool = False,
     packed: bool = False,
 ) -> LoadedModel:
     """The model in folder `path`; ModelLoadError where it is missing, broken or not served.
 
-    fused: with the faster layers of fused_modules.py and half_weights.py, else with those of transformers alone.
-    packed: with those of packed_linear.py, on the CPU."""
+    fused: with the faster layers of fused_modules.py and half_weights.py, else with those of transformers alone;
+    fused_kernels: and with those of triton_layers.py; packed: with those of packed_linear.py, on the CPU."""
     weights_dtype = torch_dtype(dtype)
     facts = read_model_facts(path)
     # A worker's stderr is a log.
@@ -66,7 +67,7 @@ def load_model(
         if report[problem]:
             raise ModelLoadError(facts.path, f"weights with {problem}: {sorted(report[problem], key=str)[:3]}")
     if fused:
-        fuse(model)
+        fuse(model, fused_kernels)
         if torch.device(device).type == "cpu" and not multiplies_natively(weights_dtype):
             keep_half_weights(model)
     if packed:

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from transformers import PreTrainedModel
 
 from engine.attention import KVMeta
+from engine.device_steps import PagedStep
 from engine.logits import adjust_logits, logprobs_of
 from engine.model_loader import LoadedModel
 from engine.paged_kv_cache import PagedKVCache
@@ -32,21 +34,11 @@ class ModelRunner:
             return StepResult()
         step = build_step_inputs(output.scheduled, self._geometry, self.kv_cache.tensor.device)
         logits = self._forward(step)
-        sampling = [r for r in step.requests if r.samples]
-        if not sampling:
-            return StepResult()
-        return next_tokens(logits, sampling)
+        return sampled_from(logits, [r for r in step.requests if r.samples])
 
     def _forward(self, step: StepInputs) -> torch.Tensor:
         """Logits of the sampled rows, [num_sampled, vocab_size]; keys and values of all rows go to the cache."""
-        logits: torch.Tensor = self._model(
-            input_ids=step.input_ids,
-            position_ids=step.position_ids,
-            use_cache=False,
-            logits_to_keep=step.sampled_rows,
-            kv_meta=KVMeta(self.kv_cache, step),
-        ).logits
-        return logits[0]
+        return logits_of(self._model, self.kv_cache, step)
 
 
 def check_layout(loaded: LoadedModel, layout: KVLayout, numerics: str = "") -> None:
@@ -56,9 +48,33 @@ def check_layout(loaded: LoadedModel, layout: KVLayout, numerics: str = "") -> N
         raise ValueError(f"KV cache of {layout} does not fit the model, which needs {expected}")
 
 
-def next_tokens(logits: torch.Tensor, requests: Sequence[ScheduledRequest]) -> StepResult:
-    """logits: [num_requests, vocab_size]."""
-    positions = [r.num_computed_tokens + r.num_scheduled_tokens for r in requests]
-    tokens = sample(adjust_logits(logits, requests), [r.sampling_params for r in requests], positions)
+def logits_of(model: PreTrainedModel, kv_cache: PagedKVCache, step: StepInputs | PagedStep) -> torch.Tensor:
+    """One forward pass: of the sampled rows, [num_sampled, vocab_size]."""
+    logits: torch.Tensor = model(
+        input_ids=step.input_ids,
+        position_ids=step.position_ids,
+        use_cache=False,
+        logits_to_keep=step.sampled_rows,
+        kv_meta=KVMeta(kv_cache, step),
+    ).logits
+    return logits[0]
+
+
+def sampled_from(logits: torch.Tensor, requests: Sequence[ScheduledRequest]) -> StepResult:
+    """logits: [num_requests, vocab_size], of the last row of each. When it returns, the step is over on its device too:
+    its blocks may be read by whoever sends them."""
+    if not requests:
+        if logits.is_cuda:
+            torch.cuda.current_stream(logits.device).synchronize()
+        return StepResult()
+    params, positions = [r.sampling_params for r in requests], [sampled_position(r) for r in requests]
+    return result_of(logits, requests, sample(adjust_logits(logits, requests), params, positions))
+
+
+def sampled_position(request: ScheduledRequest) -> int:
+    return request.num_computed_tokens + request.num_scheduled_tokens
+
+
+def result_of(logits: torch.Tensor, requests: Sequence[ScheduledRequest], tokens: Sequence[int]) -> StepResult:
     sampled: dict[str, tuple[int, ...]] = {r.request_id: (token,) for r, token in zip(requests, tokens, strict=True)}
     return StepResult(sampled, logprobs_of(logits, requests, tokens))

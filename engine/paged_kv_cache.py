@@ -53,6 +53,10 @@ class PagedKVCache:
         self._value_rows = [values.view(-1, layout.head_dim) for values in self._values]
         self.blocks = self.tensor.view(num_blocks, -1).view(torch.int64)  # [num_blocks, block_nbytes / 8]
 
+    @property
+    def device(self) -> torch.device:
+        return self.tensor.device
+
     def write(self, layer: int, keys: torch.Tensor, values: torch.Tensor, slot_mapping: torch.Tensor) -> None:
         """Store one layer's keys and values, [num_tokens, num_kv_heads, head_dim] each, at their slots."""
         self._keys[layer].index_copy_(0, slot_mapping, keys)
@@ -65,12 +69,26 @@ class PagedKVCache:
 
     def gather(self, block_ids: Sequence[int], out: torch.Tensor) -> None:
         """Copy whole blocks to out, contiguous, [len(block_ids), block_numel] of the cache's dtype (or the same bytes
-        under another). Safe in any thread, as long as nobody computes on these blocks."""
-        torch.index_select(self.blocks, 0, self._index(block_ids), out=out.view(torch.int64))
+        under another), on this device or in host memory. Over when it returns. Safe in any thread, as long as nobody
+        computes on these blocks; on a GPU it is done on the thread's own stream."""
+        select_rows(self.blocks, self._index(block_ids), out.view(torch.int64))
 
     def scatter(self, block_ids: Sequence[int], staged: torch.Tensor) -> None:
         """The inverse of gather, under the same terms: staged replaces the contents of the blocks."""
-        self.blocks.index_copy_(0, self._index(block_ids), staged.view(torch.int64))
+        self.blocks.index_copy_(0, self._index(block_ids), staged.view(torch.int64).to(self.blocks.device))
+        if self.blocks.is_cuda:
+            torch.cuda.current_stream(self.blocks.device).synchronize()
 
     def _index(self, block_ids: Sequence[int]) -> torch.Tensor:
         return torch.tensor(block_ids, dtype=torch.int64, device=self.tensor.device)
+
+
+def select_rows(source: torch.Tensor, index: torch.Tensor, out: torch.Tensor) -> None:
+    """Copy rows of source to out, wherever the two are. Over when it returns."""
+    if source.device == out.device:
+        torch.index_select(source, 0, index, out=out)
+    else:
+        out.copy_(source.index_select(0, index))
+    for each in (source, out):
+        if each.is_cuda:
+            torch.cuda.current_stream(each.device).synchronize()

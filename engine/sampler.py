@@ -68,12 +68,21 @@ def _excluded(scaled: torch.Tensor, params: Sequence[SamplingParams]) -> torch.T
 def _noisy_argmax(scaled: torch.Tensor, token_ids: torch.Tensor, keys: Sequence[int]) -> list[int]:
     """scaled, token_ids: [num_rows, num_candidates]; keys: one per row."""
     key = torch.tensor([[_signed(k)] for k in keys], dtype=torch.int64, device=scaled.device)
+    tokens: list[int] = token_ids.gather(-1, noisy_best(scaled, token_ids, key)).squeeze(-1).tolist()
+    return tokens
+
+
+def noisy_best(scaled: torch.Tensor, token_ids: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+    """The column of each row's largest sum of logit and noise, [num_rows, 1]. key: [num_rows, 1], int64."""
     bits = _mix(key + token_ids * _signed(_GAMMA))
     uniform = ((bits >> 11) & ((1 << 53) - 1)).double().add_(0.5).mul_(2.0**-53)  # in (0, 1), both ends open
     gumbel = uniform.log_().neg_().log_().neg_()
-    best = (scaled + gumbel).argmax(-1, keepdim=True)
-    tokens: list[int] = token_ids.gather(-1, best).squeeze(-1).tolist()
-    return tokens
+    return (scaled + gumbel).argmax(-1, keepdim=True)
+
+
+def signed_key(seed: int, position: int) -> int:
+    """Of one row, as noisy_best takes it."""
+    return _signed(_row_key(seed, position))
 
 
 def _row_key(seed: int, position: int) -> int:

@@ -76,34 +76,45 @@ class Worker:
     def _load(self) -> None:
         engine = self._spec.engine
         torch.set_num_threads(engine.num_threads)
-        self._progress = "reading weights"
         if engine.modelled_hardware is None:
-            # Only here: the process that launches workers knows this class and runs no model.
-            from engine.determinism_check import find_fixed_shapes
-            from engine.deterministic_runner import DeterministicRunner
-            from engine.model_loader import load_model
-            from engine.model_runner import ModelRunner
-
-            loaded = load_model(engine.model, engine.dtype, engine.device, engine.fused, packed=engine.deterministic)
-            if engine.deterministic:
-                self._progress = "trying sizes for deterministic steps"
-                shapes = find_fixed_shapes(loaded)
-                logger.info("computes deterministically", extra={"fields": {"rows": shapes.rows}})
-                self._allocate(loaded.facts, shapes.digest)
-                self._execute = DeterministicRunner(loaded, self._kv_cache, shapes).execute
-            else:
-                self._allocate(loaded.facts)
-                self._execute = ModelRunner(loaded, self._kv_cache).execute
+            self._load_model()
         else:
-            self._allocate(read_model_facts(engine.model).as_run_by(engine))
+            facts = read_model_facts(engine.model).as_run_by(engine)
+            layout = facts.kv_layout(engine.dtype, engine.block_size, engine.hash_block_size)
+            self._allocate(facts, engine.fixed_num_blocks or num_blocks_for(engine.kv_nbytes or 0, layout))
             self._execute = ModelledRunner(engine.modelled_hardware.cost, time.sleep).execute
         self._progress = "loaded"
 
-    def _allocate(self, facts: ModelFacts, numerics: str = "") -> None:
+    def _load_model(self) -> None:
+        # Only here: the process that launches workers knows this class and runs no model.
+        from engine.determinism_check import find_fixed_shapes
+        from engine.deterministic_runner import DeterministicRunner
+        from engine.model_loader import load_model
+        from engine.runners import make_runner, num_blocks_beside, use_layer_kernels
+
+        engine = self._spec.engine
+        self._progress = "reading weights"
+        kernels, packed = use_layer_kernels(engine), engine.deterministic
+        loaded = load_model(engine.model, engine.dtype, engine.device, engine.fused, kernels, packed)
+        max_model_len = scheduler_config(engine, loaded.facts.max_model_len).max_model_len
+        if engine.deterministic:
+            self._progress = "trying sizes for deterministic steps"
+            shapes = find_fixed_shapes(loaded)
+            logger.info("computes deterministically", extra={"fields": {"rows": shapes.rows}})
+            self._allocate(loaded.facts, num_blocks_beside(loaded, engine, max_model_len), shapes.digest)
+            self._execute = DeterministicRunner(loaded, self._kv_cache, shapes).execute
+            return
+        self._progress = "measuring how much memory a step takes"
+        self._allocate(loaded.facts, num_blocks_beside(loaded, engine, max_model_len))
+        self._execute = make_runner(loaded, self._kv_cache, engine, max_model_len, self._show_progress).execute
+
+    def _show_progress(self, progress: str) -> None:
+        self._progress = progress
+
+    def _allocate(self, facts: ModelFacts, num_blocks: int, numerics: str = "") -> None:
         self._progress = "allocating KV blocks"
         engine = self._spec.engine
         layout = facts.kv_layout(engine.dtype, engine.block_size, engine.hash_block_size, numerics)
-        num_blocks = engine.fixed_num_blocks or num_blocks_for(engine.kv_cache_bytes, layout)
         self._kv_cache = PagedKVCache(layout, num_blocks, engine.device)
         kv_nbytes_per_token = layout.block_nbytes // layout.block_size
         self._config = replace(scheduler_config(engine, facts.max_model_len), kv_nbytes_per_token=kv_nbytes_per_token)

@@ -21,7 +21,7 @@ from kvtransfer.host import TransferHost
 from kvtransfer.messages import Hello, HelloRefused, PullAsk, ReturnAsk, pack_hashes
 from kvtransfer.source_side import SourceSide
 from kvtransfer.transport import Transport
-from kvtransfer.transports import LocalFirst
+from kvtransfer.transports import transport_for
 from protos import worker_pb2_grpc
 from protos.types import PeerRef, Role, TransferKind, TransferStats
 
@@ -61,7 +61,7 @@ class TransferAgent:
         worker_pb2_grpc.add_PeerServicer_to_server(_PeerService(self), server)
 
     async def start(self) -> None:
-        self._transport = self._transport or LocalFirst(self._config)
+        self._transport = self._transport or transport_for(self._config, self._store.device)
         terms = terms_of(self._store.layout, self._config)
         greeter = Greeter(self._me, terms, self._secret, self._config, self._judge, self.counters)
         parts = (self._me, self._store, self._host, self._config, self._transport, self.counters, greeter)

@@ -15,6 +15,10 @@ class BlockStore(Protocol):
 
     layout: KVLayout
 
+    @property
+    def device(self) -> torch.device:
+        """Where the pool is."""
+
     def gather(self, block_ids: Sequence[int], out: torch.Tensor) -> None:
         """Copy blocks into out, [num_blocks, block_numel] in the pool's dtype."""
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 Checksum = Literal["xxh3_64", "sum64", "none"]
-TransportName = Literal["auto", "gloo", "shared_memory"]
+TransportName = Literal["auto", "gloo", "shared_memory", "nccl", "cuda_ipc"]
+_ON_DEVICE = ("nccl", "cuda_ipc")
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,17 +28,20 @@ class TransferConfig:
     )
     checksum: Checksum = "xxh3_64"  # of each chunk
     bind_host: str = "127.0.0.1"  # not encrypted: a private interface; auto: the Ray node's IP
-    transport: TransportName = "auto"  # shared_memory needs one machine; auto: where that can be had, else gloo
+    transport: TransportName = "auto"  # shared_memory: on one machine; auto: that, else gloo; docs/gpu.md: the others
+    nccl_max_ctas: int = 4  # of each NCCL link; more are faster and take more of the GPU
     failpoint: Literal["", "flip_received_bytes"] = ""  # tests only
 
     def __post_init__(self) -> None:
         if self.checksum not in ("xxh3_64", "sum64", "none"):
             raise ValueError(f"checksum must be xxh3_64, sum64 or none, not {self.checksum!r}")
-        if self.transport not in ("auto", "gloo", "shared_memory"):
-            raise ValueError(f"transport must be auto, gloo or shared_memory, not {self.transport!r}")
+        if self.transport not in (names := get_args(TransportName)):
+            raise ValueError(f"transport must be one of {', '.join(names)}, not {self.transport!r}")
+        if self.transport in _ON_DEVICE and self.checksum == "xxh3_64":
+            raise ValueError(f"checksum must be sum64 or none with transport {self.transport}, not {self.checksum!r}")
         if self.failpoint not in ("", "flip_received_bytes"):
             raise ValueError(f"failpoint must be empty or flip_received_bytes, not {self.failpoint!r}")
-        for name in ("chunk_nbytes", "num_staging_chunks", "max_lazy_links"):
+        for name in ("chunk_nbytes", "num_staging_chunks", "max_lazy_links", "nccl_max_ctas"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
         for name in self.__dataclass_fields__:

@@ -13,7 +13,7 @@ import torch
 from kvtransfer.block_store import BlockStore
 from kvtransfer.config import TransferConfig
 from kvtransfer.lane_thread import LaneThread, Ticket
-from kvtransfer.staging import StagingRing, as_bytes, checksum_of, private_memory
+from kvtransfer.staging import StagingRing, as_bytes, checksum_of
 from kvtransfer.transfer import URGENCY
 from kvtransfer.transport import LinkFailed, ReceiverLink
 from kvtransfer.turns import Turns
@@ -53,14 +53,14 @@ class DestinationLane:
         self._link = link
         self._store = store
         num_slot_blocks = config.num_chunk_blocks(store.layout.block_nbytes)
-        self._ring = StagingRing(store.layout, config.num_receives, num_slot_blocks, private_memory)
+        self._ring = StagingRing(store.layout, config.num_receives, num_slot_blocks, link.allocate)
         self._verifies = config.checksum != "none"
         self._checksum = checksum_of(config.checksum)
         self._corrupt = _flip_bytes if config.failpoint == "flip_received_bytes" else None
         self._on_posted = on_posted
         self._on_ended = on_ended
         self._loop = asyncio.get_running_loop()
-        self._thread = LaneThread(name)
+        self._thread = LaneThread(name, store.device)
         self._join_timeout_s = config.connect_timeout_s + config.chunk_timeout_s
         self._turns: Turns[_Chunk] = Turns()
         self._posted: dict[tuple[bytes, int], _Chunk] = {}

@@ -7,18 +7,18 @@ receive of its own time out, which closes the connection and wakes every waiter 
 
 from __future__ import annotations
 
-import secrets
-import socket
 import threading
 from collections.abc import Callable
 from contextlib import suppress
 from datetime import timedelta
+from functools import partial
 from typing import Any, Protocol
 
 import torch
-from torch._C._distributed_c10d import PrefixStore, ProcessGroupGloo, Store, TCPStore
+from torch._C._distributed_c10d import PrefixStore, ProcessGroupGloo, Store
 
 from kvtransfer.config import TransferConfig
+from kvtransfer.link_store import HostedStore, open_store
 from kvtransfer.messages import LinkOffer
 from kvtransfer.staging import private_memory
 from kvtransfer.transport import LinkFailed, OnFailure
@@ -204,41 +204,18 @@ class GlooTransport:
     def __init__(self, config: TransferConfig) -> None:
         self._config = config
         self._device = ProcessGroupGloo.create_device(hostname=config.bind_host)
-        self._store: TCPStore | None = None
-        self._port = 0
+        self._store = HostedStore(config, GlooLink.transport)
 
     def listen(self, beacon: str, on_failure: OnFailure) -> GlooReceiverLink:
-        store = self._store or self._host_store()
-        offer = LinkOffer(self._config.bind_host, self._port, secrets.token_hex(16), "gloo")
+        offer, store = self._store.new_offer()
         return GlooReceiverLink(offer, store, self._device, self._config, on_failure)
 
     def dial(self, offer: LinkOffer, on_failure: OnFailure) -> GlooLink:
-        # A store client tries twice, each time for as long as it is given.
-        timeout = timedelta(seconds=self._config.connect_timeout_s / 2)
-
-        def open_store() -> Store:
-            return TCPStore(offer.host, offer.port, is_master=False, timeout=timeout)
-
-        return GlooLink(_SENDER, offer.prefix, open_store, self._device, self._config, on_failure)
+        open_it = partial(open_store, offer, self._config)
+        return GlooLink(_SENDER, offer.prefix, open_it, self._device, self._config, on_failure)
 
     def close(self) -> None:
-        self._store = None
-
-    def _host_store(self) -> TCPStore:
-        """Bound by us: left to itself the store listens on every interface."""
-        host = self._config.bind_host
-        listener = socket.create_server((host, 0))
-        self._port = listener.getsockname()[1]
-        timeout = timedelta(seconds=self._config.connect_timeout_s)
-        self._store = TCPStore(
-            host,
-            self._port,
-            is_master=True,
-            timeout=timeout,
-            wait_for_workers=False,
-            master_listen_fd=listener.detach(),
-        )
-        return self._store
+        self._store.close()
 
 
 def _first_line(error: RuntimeError) -> str:

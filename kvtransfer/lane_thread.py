@@ -8,6 +8,8 @@ import threading
 from collections.abc import Callable
 from queue import SimpleQueue
 
+import torch
+
 from kvtransfer.transport import LinkFailed
 
 
@@ -33,9 +35,11 @@ class Ticket:
 
 
 class LaneThread:
-    """Runs jobs one after another. Invariant: jobs run in the order of `submit`, none after `close` returned."""
+    """Runs jobs one after another. Invariant: jobs run in the order of `submit`, none after `close` returned; on a GPU
+    they are on a stream of the thread's own, beside the engine's steps."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, device: torch.device) -> None:
+        self._device = device
         self._jobs: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
@@ -70,5 +74,7 @@ class LaneThread:
         self._thread.join(timeout_s)
 
     def _run(self) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.set_stream(torch.cuda.Stream(self._device))  # type: ignore[no-untyped-call]
         while (job := self._jobs.get()) is not None:
             job()

@@ -99,7 +99,7 @@ class LinkOffer:
     host: str
     port: int
     prefix: str
-    transport: str  # gloo, shared_memory
+    transport: str  # gloo, shared_memory, nccl, cuda_ipc
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,6 +23,7 @@ from kvtransfer.life_mark import MARK_NBYTES, is_marked, marking
 from kvtransfer.local_socket import Beacon, MeetingPoint, go_to
 from kvtransfer.messages import LinkOffer
 from kvtransfer.segment import make_segment, map_segment, receive_segment, send_segment
+from kvtransfer.staging import private_memory
 from kvtransfer.transport import LinkFailed, OnFailure
 
 logger = logging.getLogger("twinring.kvtransfer")
@@ -241,6 +242,9 @@ class SharedMemoryReceiver(SharedMemoryLink):
         super().__init__(config.chunk_timeout_s, config, on_failure, on_unusable)
         self._meeting = MeetingPoint()
         self.offer = LinkOffer("", 0, self._meeting.key, self.transport)
+
+    def allocate(self, num_bytes: int) -> torch.Tensor:
+        return private_memory(num_bytes)
 
     def post(self, number: int, staged: torch.Tensor) -> None:
         """Of staged only the length counts, unless what comes is filler."""

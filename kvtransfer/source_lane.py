@@ -69,8 +69,8 @@ class SourceLane:
         self._on_gathered = on_gathered
         self._on_sent = on_sent
         self._loop = asyncio.get_running_loop()
-        self._thread = LaneThread(name)
-        self._waiter = LaneThread(f"{name}-wait")
+        self._thread = LaneThread(name, store.device)
+        self._waiter = LaneThread(f"{name}-wait", store.device)
         self._join_timeout_s = config.connect_timeout_s + config.chunk_timeout_s
         self._turns: Turns[_Chunk] = Turns()
         self._chunks: dict[tuple[bytes, int], _Chunk] = {}  # not yet handed to the wire

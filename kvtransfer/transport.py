@@ -40,11 +40,13 @@ class Link(Protocol):
     def close(self) -> None:
         """Wake whoever waits, end the link's threads, give back its descriptors. Repeatable, from any thread."""
 
+    def allocate(self, num_bytes: int) -> torch.Tensor:
+        """Where what is posted should lie: [num_bytes], uint8. Once, before connect. From other memory a sender carries
+        filler: so many bytes, any bytes."""
+
 
 class SenderLink(Link, Protocol):
-    def allocate(self, num_bytes: int) -> torch.Tensor:
-        """Where what is posted should lie: [num_bytes], uint8. Once, before connect. From other memory the link carries
-        filler: so many bytes, any bytes."""
+    """Posts what it sends."""
 
 
 class ReceiverLink(Link, Protocol):

@@ -1,18 +1,31 @@
-"""Which transport carries a link: shared memory where both workers are on one machine and want it, else gloo. Knows
-neither of them from inside."""
+"""Which transport carries a link: shared memory where both workers are on one machine and want it, else gloo; from GPU
+to GPU only where the configuration says so. Knows none of them from inside."""
 
 from __future__ import annotations
 
 import logging
 
+import torch
+
 from kvtransfer.config import TransferConfig
+from kvtransfer.cuda_ipc_link import CudaIpcTransport
 from kvtransfer.gloo_link import GlooTransport
 from kvtransfer.local_socket import is_here
 from kvtransfer.messages import LinkOffer
+from kvtransfer.nccl_link import NcclTransport
 from kvtransfer.shared_memory_link import SharedMemoryTransport
-from kvtransfer.transport import LinkFailed, OnFailure, ReceiverLink, SenderLink
+from kvtransfer.transport import LinkFailed, OnFailure, ReceiverLink, SenderLink, Transport
 
 logger = logging.getLogger("twinring.kvtransfer")
+
+
+def transport_for(config: TransferConfig, device: torch.device) -> Transport:
+    """device: where the KV is. ValueError where the configured transport needs another one."""
+    if config.transport not in ("nccl", "cuda_ipc"):
+        return LocalFirst(config)
+    if device.type != "cuda":
+        raise ValueError(f"transport {config.transport} moves KV between GPUs, and it is on {device}")
+    return NcclTransport(config, device) if config.transport == "nccl" else CudaIpcTransport(config, device)
 
 
 class LocalFirst:

@@ -1,6 +1,11 @@
-"""What holds for every test: Ray starts only where a test says so, torch takes one thread, no clock ends an example."""
+"""What holds for every test: Ray starts only where a test says so, torch takes one thread, no clock ends an example,
+and kernels in Triton run under its interpreter."""
 
 from __future__ import annotations
+
+import os
+
+os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton: it decides as its modules are read
 
 import sys
 from typing import NoReturn

@@ -27,13 +27,14 @@ ARROWS: dict[str, set[str]] = {
 # all of that as values, so that the simulator can run it under a clock of its own.
 SHELLS: dict[str, str] = {
     "protos": "codec",
-    "engine": """attention determinism_check deterministic_runner engine_thread fixed_attention fused_modules
-        half_weights host_copies host_memory local_engine logits model_facts model_loader model_runner packed_linear
-        paged_kv_cache request_owners router_session sampler step_inputs transfer_port worker worker_health
+    "engine": """attention decode_buffers decode_graphs determinism_check deterministic_runner device_memory
+        device_runner device_steps engine_thread fixed_attention fused_modules half_weights host_copies host_memory
+        local_engine logits model_facts model_loader model_runner packed_linear paged_kv_cache request_owners
+        router_session runners sampler step_inputs transfer_port triton_attention triton_layers worker worker_health
         worker_host""",
-    "kvtransfer": """agent asks block_store destination_lane destination_side gloo_link greeter lane_thread life_mark
-        local_socket memory_link outgoing_peer peer_channel segment shared_memory_link source_lane source_side staging
-        transport transports""",
+    "kvtransfer": """agent asks block_store cuda_ipc_link destination_lane destination_side gloo_link greeter
+        lane_thread life_mark link_store local_socket memory_link nccl_link outgoing_peer peer_channel polled_link
+        segment shared_memory_link source_lane source_side staging transport transports""",
     "router": """call_writer calls client_call cluster_service driver front_door grpc_call http_app http_requests
         http_server link_metrics membership metrics openai.api orders prompts pull_metrics reply
         responses server tls worker_channel worker_metrics""",

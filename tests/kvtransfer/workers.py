@@ -26,6 +26,8 @@ CONFIG = TransferConfig(chunk_nbytes=2 * LAYOUT.block_nbytes, num_staging_chunks
 class TensorStore:
     """Satisfies BlockStore. `gate` holds gathers and scatters back while it is cleared."""
 
+    device = torch.device("cpu")
+
     def __init__(self, layout: KVLayout = LAYOUT, seed: int | None = None) -> None:
         self.layout = layout
         numel = layout.block_nbytes // layout.itemsize

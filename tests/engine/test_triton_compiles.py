@@ -1,0 +1,79 @@
+"""The kernels compile for the GPUs that they are meant for, with what they are launched with: types, shared memory and
+matrix instructions. In a process of its own, where Triton does not interpret; it needs no GPU."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+ROOT = Path(__file__).resolve().parents[2]
+SHARED_NBYTES = {80: 163 << 10, 90: 227 << 10}  # that one program may have
+
+PROGRAM = """
+import sys, torch, triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, compile
+from triton.runtime.jit import JITFunction
+from bench import _gpu_kernels
+from bench._gpu_card import Card
+from bench._gpu_kernels import KernelCase
+from engine import triton_attention, triton_layers
+
+TYPES = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.int32: "*i32"}
+OPTIONS = ("num_warps", "num_stages")
+capability = int(sys.argv[1])
+
+def run(kernel, *args, grid, warmup, **kwargs):
+    given = dict(zip(kernel.arg_names, args))
+    signature = {name: "constexpr" for name in kernel.arg_names}
+    aligned = {}
+    for index, (name, value) in enumerate(given.items()):
+        signature[name] = TYPES[value.dtype] if isinstance(value, torch.Tensor) else "i32"
+        if isinstance(value, torch.Tensor) or value % 16 == 0:
+            aligned[(index,)] = [["tt.divisibility", 16]]
+    constants = {(kernel.arg_names.index(name),): v for name, v in kwargs.items() if name in kernel.arg_names}
+    options = {name: kwargs[name] for name in OPTIONS if name in kwargs}
+    made = compile(ASTSource(kernel, signature, constants, aligned), GPUTarget("cuda", capability, 32), options)
+    print(kernel.__name__, made.metadata.shared, made.asm["ptx"].count("wgmma.mma_async"), flush=True)
+
+JITFunction.run = run
+cases = [KernelCase(((20, 1), (3, 200)), head_dim=128), KernelCase(((20, 1), (3, 200)), head_dim=256, softcap=30.0)]
+for case in cases:
+    pool = _gpu_kernels._Pool(case, Card(torch.device("cpu")))
+    rows = torch.zeros(pool.num_rows, case.num_heads, case.head_dim, dtype=_gpu_kernels.DTYPES[case.dtype])
+    new = pool.new_rows()
+    triton_layers.gated_silu(rows.flatten(1))
+    angles = torch.zeros(pool.num_rows, case.head_dim, dtype=rows.dtype)
+    triton_layers.rotate_and_write(rows, new[1], angles, angles, pool.cache, 1, pool.step.slot_mapping)
+    triton_attention.write_and_attend(rows, *new, 1, pool.step, pool.cache, 0.1, case.window, case.softcap)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", SHARED_NBYTES)
+def test_every_launch_compiles(capability: int, tmp_path: Path) -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment |= {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM, str(capability)],
+        env=environment,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    compiled = [line.split() for line in done.stdout.splitlines()]
+    assert {name for name, _, _ in compiled} == {
+        *("_write_rows", "_decode_split", "_join_splits", "_prefill_tile", "_rotate_and_write", "_gated_silu")
+    }
+    assert all(int(shared) <= SHARED_NBYTES[capability] for _, shared, _ in compiled)
+    if capability == 90:
+        prefills = [int(num_products) for name, _, num_products in compiled if name == "_prefill_tile"]
+        assert prefills[0] > 0, "bfloat16 without the tensor cores' own instructions"
