@@ -49,7 +49,7 @@ def kernel_cases() -> Iterator[KernelCase]:
         yield KernelCase(MIXED, dtype, num_heads=6, num_kv_heads=6, head_dim=96, block_size=128)
         yield KernelCase(MIXED, dtype, num_heads=16, num_kv_heads=1, head_dim=256, block_size=32)
         yield KernelCase(LONG, dtype)
-    yield KernelCase(LONG, window=4096)
+        yield KernelCase(LONG, dtype, window=4096)
 
 
 def worst_error(case: KernelCase, card: Card) -> float:

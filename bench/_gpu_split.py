@@ -49,9 +49,6 @@ def prefill_process(pipe: Connection, setting: Setting, plan: Plan) -> None:
         with said:
             pipe.send(word)
 
-    transport = plan.make_transport()
-    say("beacon", transport.beacon)
-    link = transport.dial(LinkOffer(*pipe.recv()), lambda reason: None)
     sender: _BlockSender
 
     def on_effects(effects: Sequence[Effect]) -> None:
@@ -65,7 +62,10 @@ def prefill_process(pipe: Connection, setting: Setting, plan: Plan) -> None:
                 case SendBlocks() | CommitTransfer():
                     sender.put(effect)
 
-    actor = Actor(setting, on_effects)
+    actor = Actor(setting, on_effects)  # takes longer than the other end would wait for a link
+    transport = plan.make_transport()
+    say("beacon", transport.beacon)
+    link = transport.dial(LinkOffer(*pipe.recv()), lambda reason: None)
     sender = _BlockSender(link, actor.cache, plan, say)
     link.connect()
     say("ready")

@@ -103,14 +103,13 @@ class Supervisor:
             return
         sizes = self._pools.settled(self._actors, changing=[*self._coming, *self._leaving])
         resizes = self._autoscaling.heard(router_id, counts, sizes, asyncio.get_running_loop().time())
-        if not resizes:
-            return
-        for resize in resizes:
-            self._routers.note_event(f"autoscaler: {resize.reason}")
-        try:
-            self._scale({self._pools.pool_of(resize.role): resize.num_workers for resize in resizes})
-        except ValueError as error:
-            self._routers.note_event(f"autoscaler: not possible: {error}")
+        for together in self._autoscaling.at_once(resizes):
+            for resize in together:
+                self._routers.note_event(f"autoscaler: {resize.reason}")
+            try:
+                self._scale({self._pools.pool_of(resize.role): resize.num_workers for resize in together})
+            except ValueError as error:
+                self._routers.note_event(f"autoscaler: not possible: {error}")
 
     def _order_drain(self, order: Drain) -> None:
         if order.who not in self._pools.slots:

@@ -103,9 +103,11 @@ class EngineThread:
             self._on_crash(error)
 
     def _take(self) -> list[Event]:
-        """Wait for events, the end of a step or a deadline."""
+        """Wait for events, the end of a step, a deadline, or the time of the next stats.
+
+        Those come with no event: taken with one, they would nearly always show what it brought as waiting."""
         now, deadline = time.monotonic(), self._core.deadline
-        due_at = now + STATS_INTERVAL_S
+        due_at = self._stats_due_at
         if self._step is None and deadline is not None:
             due_at = min(due_at, deadline)
         with self._wake:

@@ -4,14 +4,15 @@ far the context was padded. Keys are taken SPLIT at a time; every product has on
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch.nn import functional
 
 from engine.fixed_shapes import SPLIT, padded
 
-PART = 16384  # elements: a multiple of any vector, and less than what PyTorch shares among threads
+# Elements: multiples of any vector, and no more than PyTorch leaves to one thread, of 2 ** x and of tanh.
+EXP2_PART, TANH_PART = 16384, 2048
 
 
 def attend_in_splits(
@@ -54,20 +55,20 @@ def _attend(
     vectors = functional.pad(vectors, (0, 0, 0, padded(num_queries, sizes) - num_queries))
     scores = vectors.unsqueeze(2) @ keys.transpose(-1, -2)  # [num_requests, num_kv_heads, splits, size, SPLIT]
     if softcap is not None:
-        scores = scores.tanh_().mul_(softcap * to_base_2)
+        scores = _in_parts(torch.Tensor.tanh_, scores, TANH_PART).mul_(softcap * to_base_2)
     scores[:, :, :, :num_queries].view(*scores.shape[:3], *rows.shape[2:4], SPLIT).add_(mask)
     largest = scores.amax(-1).amax(2)  # [num_requests, num_kv_heads, size]
-    weights = _powers_of_2(scores.sub_(largest[:, :, None, :, None]))
+    weights = _in_parts(torch.Tensor.exp2_, scores.sub_(largest[:, :, None, :, None]), EXP2_PART)
     attended: torch.Tensor = _in_order(weights @ values) / _in_order(weights.sum(-1)).unsqueeze(-1)
     return attended[:, :, :num_queries].reshape(rows.shape)
 
 
-def _powers_of_2(exponents: torch.Tensor) -> torch.Tensor:
-    """In place, in parts that PyTorch does not share among threads: one that ended amid a vector would go on in scalar
-    code, which rounds otherwise."""
-    for part in torch.split(exponents.view(-1), PART):
-        part.exp2_()
-    return exponents
+def _in_parts(function: Callable[[torch.Tensor], torch.Tensor], numbers: torch.Tensor, size: int) -> torch.Tensor:
+    """In place, in parts that PyTorch does not share among threads: where one ended amid a vector, scalar code would
+    round otherwise."""
+    for part in torch.split(numbers.view(-1), size):
+        function(part)
+    return numbers
 
 
 def _in_order(sums: torch.Tensor) -> torch.Tensor:

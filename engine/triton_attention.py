@@ -96,6 +96,7 @@ def _decode(
     rows: torch.Tensor, out: torch.Tensor, layer: torch.Tensor, step: PagedStep, geometry: dict[str, object]
 ) -> None:
     num_rows, num_heads = step.num_decodes, rows.shape[1]
+    is_wide = rows.shape[2] * rows.element_size() > 512  # keys and values of a tile must fit shared memory
     # As many as the longest context that the block tables have room for may need: the same in every replay of a graph.
     longest = step.block_tables.shape[1] * layer.shape[2]
     num_splits = min(MAX_SPLITS, triton.next_power_of_2(triton.cdiv(longest, MIN_SPLIT)))
@@ -109,8 +110,9 @@ def _decode(
         PADDED_GROUP=max(MIN_DOT, triton.next_power_of_2(num_heads // num_kv_heads)),
         MIN_SPLIT=MIN_SPLIT,
         NUM_SPLITS=num_splits,
-        TILE=DECODE_TILE,
+        TILE=DECODE_TILE // 2 if is_wide else DECODE_TILE,
         num_warps=4,
+        num_stages=1 if is_wide else 3,
     )
     _join_splits[(num_rows, num_heads)](
         *(partial, log_sums, out, step.kv_lens),

@@ -104,7 +104,7 @@ class Worker:
             self._allocate(loaded.facts, num_blocks_beside(loaded, engine, max_model_len), shapes.digest)
             self._execute = DeterministicRunner(loaded, self._kv_cache, shapes).execute
             return
-        self._progress = "measuring how much memory a step takes"
+        self._progress = "finding room for KV"
         self._allocate(loaded.facts, num_blocks_beside(loaded, engine, max_model_len))
         self._execute = make_runner(loaded, self._kv_cache, engine, max_model_len, self._show_progress).execute
 

@@ -63,6 +63,8 @@ class EngineConfig:
             raise ValueError(f"gpu_reserved_bytes must not be negative, got {self.gpu_reserved_bytes}")
         if self.deterministic and self.device != "cpu":
             raise ValueError(f"deterministic needs device cpu, not {self.device!r}")
+        if self.deterministic and self.num_threads & (self.num_threads - 1):  # so that no thread ends amid a vector
+            raise ValueError(f"deterministic needs num_threads 1, 2, 4, 8 and so on, not {self.num_threads}")
         if self.host_cache_bytes < 0:
             raise ValueError(f"host_cache_bytes must not be negative, got {self.host_cache_bytes}")
         if self.host_cache_bytes and not self.enable_prefix_caching:

@@ -67,7 +67,7 @@ class PoolLoad:
     num_workers: int  # there are, or are about to be
     attainment: float  # share of requests that met the SLO; 1 where few ended
     queue: float  # work that waits, per worker, as a share of the TTFT SLO
-    use: float  # share of the pool that is in use; what waits may bring it above 1
+    use: float  # share of the pool that is in use; of decode above 1 where its requests decode elsewhere
 
     @property
     def load(self) -> float:
@@ -148,6 +148,10 @@ class _Pool:
 
     def _note(self, load: PoolLoad, now: float) -> None:
         is_short = bool(self._short_of(load))
+        if self._loads and now - self._loads[-1][0] > self._config.window_s:  # who knows what was in between
+            self._short_since = None
+            self._loads.clear()
+            self._loads_since = math.inf
         self._short_since = (now if self._short_since is None else self._short_since) if is_short else None
         self._loads_since = min(self._loads_since, now)
         self._loads.append((now, load.load))

@@ -4,7 +4,7 @@ cluster/supervisor.py and, under virtual time, simulator/elastic.py."""
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from protos.types import Role
@@ -30,6 +30,7 @@ class Autoscaling:
     def __init__(self, config: AutoscalerConfig, may_turn: bool) -> None:
         """may_turn: a worker can change its role without loading the model again."""
         self._autoscaler = Autoscaler(config, may_turn)
+        self._changes_roles = config.changes_roles and may_turn
         self._window_s = config.window_s
         self._counts: dict[str, dict[Role, PoolCounts]] = {}
         self._looks: dict[Role, deque[_Look]] = {role: deque() for role in Role}
@@ -54,6 +55,10 @@ class Autoscaling:
                 self._looks[role].clear()  # at a pool of another size
         return resizes
 
+    def at_once(self, resizes: Sequence[Resize]) -> list[Sequence[Resize]]:
+        """Which of them are carried out together: then a worker goes over from the one pool to the other."""
+        return [resizes] if resizes and self._changes_roles else [[resize] for resize in resizes]
+
     def _load(self, role: Role, size: int, now: float) -> PoolLoad | None:
         """Routers have requests of their own, so these add up, and so does the work that waits in each of them; of what
         is in use workers tell all of them the same. None where nobody has seen the pool."""
@@ -65,7 +70,8 @@ class Autoscaling:
             now,
             num_ended=sum(counts.num_ended for counts in by_router),
             num_in_slo=sum(counts.num_in_slo for counts in by_router),
-            use=max(counts.use / counts.num_looks for counts in seen),
+            use=max(counts.use / counts.num_looks for counts in seen)
+            + sum(counts.use_elsewhere / counts.num_looks for counts in seen),
         )
         looks = self._recent(role, look)
         num_ended = sum(one.num_ended for one in looks)

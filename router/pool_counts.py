@@ -3,7 +3,7 @@ is made of them is autoscaler.py's."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 
 from protos.types import FinishReason, Role
@@ -27,7 +27,8 @@ class PoolCounts:
     num_in_slo: int = 0  # of them: TTFT for prefill, TPOT for decode
     num_looks: int = 0
     queue: float = 0.0  # work that waits, per worker, in TTFT SLOs: summed over the looks
-    use: float = 0.0  # share that is in use: summed over the looks
+    use: float = 0.0  # share that is in use, which all routers see alike: summed over the looks
+    use_elsewhere: float = 0.0  # what this router's requests would use of it beside, and use elsewhere: likewise
 
     def __add__(self, other: PoolCounts) -> PoolCounts:
         return PoolCounts(*(getattr(self, one.name) + getattr(other, one.name) for one in fields(self)))
@@ -66,16 +67,18 @@ class PoolWatch:
         decode pool lacks workers for."""
         prefill, decode = view.prefill_workers(), view.decode_workers()
         if prefill:
-            self._note(Role.PREFILL, prefill, sum(map(_prefills, prefill)) / len(prefill))
+            self._note(Role.PREFILL, prefill, _prefills)
         if decode:
             num_blocks = sum(worker.stats.num_blocks for worker in decode)
             num_local_blocks = sum(worker.placed_blocks.total for worker in prefill)
             local = num_local_blocks / num_blocks if num_blocks else 0.0
-            self._note(Role.DECODE, decode, sum(map(_kv_use, decode)) / len(decode) + local)
+            self._note(Role.DECODE, decode, _kv_use, local)
 
-    def _note(self, role: Role, pool: Sequence[WorkerView], use: float) -> None:
-        queue = _queue_s(pool) / max(1e-3, self._config.ttft_slo_s)
-        self._counts[role] += PoolCounts(num_looks=1, queue=queue, use=use)
+    def _note(
+        self, role: Role, pool: Sequence[WorkerView], use_of: Callable[[WorkerView], float], elsewhere: float = 0.0
+    ) -> None:
+        queue, use = _queue_s(pool) / max(1e-3, self._config.ttft_slo_s), sum(map(use_of, pool)) / len(pool)
+        self._counts[role] += PoolCounts(num_looks=1, queue=queue, use=use, use_elsewhere=elsewhere)
 
     def take(self) -> dict[Role, PoolCounts]:
         counts, self._counts = self._counts, dict.fromkeys(Role, PoolCounts())

@@ -97,7 +97,8 @@ class Relief:
         above = self._config.low_freeness if source.is_leaving else self._config.high_freeness
         back_at = self._paired_at.get((worker.worker_id, source.worker_id), -math.inf)
         failed_at = self._failed_at.get((source.worker_id, worker.worker_id), -math.inf)
-        is_calm = now - back_at >= self._config.cooldown_s and now - failed_at >= FAILED_PAUSE_S
+        has_failed = now - failed_at < FAILED_PAUSE_S and not source.is_leaving  # that one has no time to rest
+        is_calm = now - back_at >= self._config.cooldown_s and not has_failed
         return worker.freeness > above and worker.runs_one_more and is_calm
 
     def _choose(self, source: _Worker, destination: _Worker, now: float) -> DecodeLoad | None:

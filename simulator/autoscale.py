@@ -3,6 +3,7 @@ its defaults. And what came of it, as a table."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from statistics import fmean
@@ -74,8 +75,8 @@ def pools_table(report: Report) -> Table:
         for rate in sorted({case.rate for case in asked}):
             cases = [case for case in asked if case.rate == rate]
             hours = {role: fmean(case.worker_s[role] for case in cases) / 3600 for role in Role}
-            span_h = fmean(case.span_s for case in cases) / 3600
-            total_h, good = sum(hours.values()), fmean(case.num_good for case in cases)
+            span_h = fmean(case.span_s for case in cases) / 3600 or math.nan  # all at once
+            total_h, good = sum(hours.values()) or math.nan, fmean(case.num_good for case in cases)
             table.add_row(
                 escape(variant.label),
                 f"{rate:.3g}",

@@ -47,13 +47,12 @@ class ElasticPools:
         self._watch.look(router.view)
         sizes = self._pools.settled(self._cluster.worker_ids, changing=[*self._coming, *self._leaving])
         resizes = self._autoscaling.heard(ROUTER_ID, self._watch.take(), sizes, now)
-        if not resizes:
-            return
-        self.events += [PoolEvent(now, resize.reason) for resize in resizes]
-        try:
-            self._scale({self._pools.pool_of(resize.role): resize.num_workers for resize in resizes})
-        except ValueError as error:
-            self.events.append(PoolEvent(now, f"not possible: {error}"))
+        for together in self._autoscaling.at_once(resizes):
+            self.events += [PoolEvent(now, resize.reason) for resize in together]
+            try:
+                self._scale({self._pools.pool_of(resize.role): resize.num_workers for resize in together})
+            except ValueError as error:
+                self.events.append(PoolEvent(now, f"not possible: {error}"))
 
     # --- who comes and goes -------------------------------------------------------------------------------------------
 

@@ -39,6 +39,22 @@ def test_requests_of_two_routers_add_up_and_what_workers_say_does_not() -> None:
     assert (found.use, found.attainment) == (0.5, 0.9)
 
 
+def test_what_decodes_elsewhere_is_known_to_one_router_each() -> None:
+    load = Autoscaling(AT_ONCE, may_turn=True)
+    counts = {Role.DECODE: PoolCounts(num_looks=2, use=1.8, use_elsewhere=0.4)}
+    load._counts = {"router-0": counts, "router-1": counts}
+    found = load._load(Role.DECODE, 2, 0.0)
+    assert found is not None and found.use == pytest.approx(1.3)
+
+
+@pytest.mark.parametrize("changes_roles", [False, True])
+def test_a_worker_goes_over_only_where_roles_may_change(changes_roles: bool) -> None:
+    one = Autoscaling(replace(AT_ONCE, changes_roles=changes_roles), may_turn=True)
+    both = [Resize(Role.PREFILL, 3, "short"), Resize(Role.DECODE, 1, "ample")]
+    assert one.at_once(both) == ([both] if changes_roles else [both[:1], both[1:]])
+    assert one.at_once([]) == []
+
+
 class Recorder:
     """In the autoscaler's place: what it is shown."""
 
@@ -108,7 +124,8 @@ def test_what_decodes_where_it_was_prefilled_is_what_the_decode_pool_lacks() -> 
     router.on(reported("p-0", output("r", 0, 1), stats=stats(num_running=1)), 0.2)
     watch.look(router.view)
     counts = watch.take()
-    assert counts[Role.DECODE].use == pytest.approx(0.9 + 0.1), "10 blocks of 4 tokens"
+    assert counts[Role.DECODE].use == pytest.approx(0.9)
+    assert counts[Role.DECODE].use_elsewhere == pytest.approx(0.1), "10 blocks of 4 tokens"
     assert counts[Role.PREFILL].use == 0.0, "it prefills nothing"
 
 

@@ -43,7 +43,9 @@ def run(kernel, *args, grid, warmup, **kwargs):
     print(kernel.__name__, made.metadata.shared, made.asm["ptx"].count("wgmma.mma_async"), flush=True)
 
 JITFunction.run = run
-cases = [KernelCase(((20, 1), (3, 200)), head_dim=128), KernelCase(((20, 1), (3, 200)), head_dim=256, softcap=30.0)]
+REQUESTS = ((20, 1), (3, 200))
+cases = [KernelCase(REQUESTS, head_dim=128), KernelCase(REQUESTS, head_dim=256, softcap=30.0)]
+cases += [KernelCase(REQUESTS, "float32", head_dim=256 if capability == 90 else 128)]
 for case in cases:
     pool = _gpu_kernels._Pool(case, Card(torch.device("cpu")))
     rows = torch.zeros(pool.num_rows, case.num_heads, case.head_dim, dtype=_gpu_kernels.DTYPES[case.dtype])

@@ -56,6 +56,16 @@ def test_it_grows_after_a_while_and_says_why() -> None:
     assert scaler.decide(still, 35.0)[0].num_workers == 4
 
 
+def test_what_was_before_a_gap_counts_for_nothing() -> None:
+    scaler = Autoscaler(replace(CONFIG, window_s=30.0), may_turn=False)
+    idle, bad = ({Role.DECODE: PoolLoad(3, share, 0.0, 0.1)} for share in (1.0, 0.5))
+    assert [scaler.decide(idle, at) for at in (0.0, 5.0, 100.0, 125.0, 150.0)] == [[]] * 5, "not seen for 60 s on end"
+    assert scaler.decide(idle, 165.0)[0].num_workers == 2
+    short = Autoscaler(replace(CONFIG, window_s=30.0), may_turn=False)
+    assert [short.decide(bad, at) for at in (0.0, 100.0, 105.0)] == [[]] * 3, "who knows what was in between"
+    assert short.decide(bad, 110.0)
+
+
 def test_a_good_look_in_between_starts_the_while_anew() -> None:
     bad, good = PoolLoad(2, 0.6, 0.0, 0.8), PoolLoad(2, 1.0, 0.0, 0.8)
     scaler = Autoscaler(CONFIG, may_turn=False)

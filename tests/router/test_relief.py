@@ -108,6 +108,7 @@ def test_where_a_move_failed_none_is_tried_for_a_while() -> None:
     fresh = Relief(CONFIG, BLOCK)
     fresh.failed("hot", "cold", 0.0)
     assert fresh.decide(loads, FAILED_PAUSE_S)
+    assert relief.decide((replace(loads[0], is_leaving=True), loads[1]), FAILED_PAUSE_S - 0.1), "it cannot wait"
 
 
 def test_nobody_moves_without_need_or_without_room() -> None:
