@@ -23,8 +23,12 @@ LISTEN = ("--listen", "127.0.0.1:0", "--http", "127.0.0.1:0")
 
 START_TIMEOUT_S = 120.0
 STOP_TIMEOUT_S = 30.0
-# These machines stall: a test of something else must not lose a worker because its neighbour took the processor.
-PATIENT = ("lease.lease_s=6.0", "transfer.silence_timeout_s=6.0", "transfer.chunk_timeout_s=5.0")
+# These machines stall: a test of something else must not lose a worker because its neighbour took the processor, nor be
+# refused because its workers have become slow.
+PATIENT = (
+    *("lease.lease_s=6.0", "transfer.silence_timeout_s=6.0", "transfer.chunk_timeout_s=5.0"),
+    "router.refuses_early=false",
+)
 
 
 class Server:

@@ -42,6 +42,7 @@ class LeasedStore:
 
     def __init__(self, turns: Turns, slowness_s: float, violations: list[str]) -> None:
         self.layout = LAYOUT
+        self.device = torch.device("cpu")
         self.pool = _DIRT.repeat(NUM_BLOCKS, 1)  # [num_blocks, block_numel]
         self.to_read: dict[int, int] = {}  # block -> by how many transfers
         self.to_write: set[int] = set()
