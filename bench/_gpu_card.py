@@ -59,8 +59,8 @@ def software() -> dict[str, str]:
     """Versions, each under its name; what is not there is said to be missing."""
     found = {"torch": torch.__version__, "cuda": str(torch.version.cuda)}
     try:
-        found["nccl"] = ".".join(map(str, torch.cuda.nccl.version()))  # type: ignore[no-untyped-call]
-    except (RuntimeError, AttributeError, ImportError) as error:
+        found["nccl"] = ".".join(map(str, nccl_version()))
+    except (AttributeError, ImportError) as error:
         found["nccl"] = f"none ({error})"
     try:
         import triton
@@ -74,6 +74,14 @@ def software() -> dict[str, str]:
         found["cards"] = str(torch.cuda.device_count())
         found["driver"] = driver_version()
     return found
+
+
+def nccl_version() -> tuple[int, ...]:
+    """Of the library that is loaded; torch.cuda.nccl names the one that torch was built with."""
+    from torch._C._distributed_c10d import ProcessGroupNCCL  # not in every build of torch
+
+    version: tuple[int, ...] = ProcessGroupNCCL.get_runtime_nccl_version()  # type: ignore[call-arg]  # it is static
+    return version
 
 
 def driver_version() -> str:

@@ -12,6 +12,7 @@ import torch
 from transformers import PreTrainedModel
 
 from bench._gpu_card import GIB, Card
+from bench._gpu_kernels import noted_compilations
 from bench._gpu_models import GREEDY, SMALL, golden_pair
 from engine.config import SchedulerConfig
 from engine.decode_graphs import Recorder
@@ -20,12 +21,13 @@ from engine.local_engine import LocalEngine
 from engine.model_loader import LoadedModel
 from engine.model_runner import ModelRunner
 from engine.paged_kv_cache import PagedKVCache
-from engine.runners import Runner, largest_step, make_runner, num_blocks_beside
+from engine.runners import Runner, largest_step, make_runner, num_blocks_beside, warm_up
 from engine.worker_config import EngineConfig
 from engine.worker_core import WorkerCore
 from protos.types import GenerateRequest, SamplingParams
 
 BLOCK_SIZE, NUM_BLOCKS, NUM_NEW_TOKENS = 64, 64, 24
+MAX_MODEL_LEN, CHUNK = 1024, 96
 LENGTHS = (1, 5, 63, 64, 65, 200, 500)
 # Of the best logit over the second, where logits are 4 wide: with less, another order of sums may choose otherwise.
 MIN_MARGINS = {"float32": 0.01, "bfloat16": 0.5, "float16": 0.2}
@@ -52,15 +54,15 @@ def runners_of(loaded: LoadedModel, make_recorder: Callable[[], Recorder]) -> Ru
         return made
 
     replayed = DeviceRunner(loaded, cache())
-    replayed.record_graphs(len(LENGTHS), 1024, make_recorder(), lambda progress: None)
+    replayed.record_graphs(len(LENGTHS), MAX_MODEL_LEN, make_recorder(), lambda progress: None)
     return Runners(ModelRunner(loaded, cache()), DeviceRunner(loaded, cache()), replayed)
 
 
 def generated(
     runner: Runner, given: Sequence[Sequence[int]], params: Sequence[SamplingParams], num_new: int
 ) -> list[list[int]]:
-    """By the real scheduler, in chunks of up to 96 tokens."""
-    config = SchedulerConfig(max_model_len=1024, max_num_batched_tokens=96, enable_prefix_caching=False)
+    """By the real scheduler, in chunks of up to CHUNK tokens."""
+    config = SchedulerConfig(max_model_len=MAX_MODEL_LEN, max_num_batched_tokens=CHUNK, enable_prefix_caching=False)
     core = WorkerCore(config, NUM_BLOCKS, hash_key=bytes(32), model_fingerprint="random")
     requests = [
         GenerateRequest(
@@ -95,15 +97,18 @@ def wrong_tokens(
 
 def golden_errors(
     card: Card, dtype: str, make_recorder: Callable[[], Recorder], num_new: int, layer_kernels: bool = False
-) -> dict[str, int]:
-    """Wrong tokens of each way to run a step."""
+) -> tuple[dict[str, int], list[str]]:
+    """Wrong tokens of each way to run a step, and the kernels that compiled although a warm-up was before."""
     loaded, reference = golden_pair(card, dtype, layer_kernels)
     runners, given = runners_of(loaded, make_recorder), prompts()
+    engine = EngineConfig(model="random", dtype=dtype, max_num_seqs=len(given), max_num_batched_tokens=CHUNK)
+    warm_up(runners.launched, engine, MAX_MODEL_LEN)
     wrong = {}
-    for name in ("torch", "launched", "replayed"):
-        outputs = generated(getattr(runners, name), given, [GREEDY] * len(given), num_new)
-        wrong[name] = wrong_tokens(reference, given, outputs, MIN_MARGINS[dtype])
-    return wrong
+    with noted_compilations() as late:
+        for name in ("torch", "launched", "replayed"):
+            outputs = generated(getattr(runners, name), given, [GREEDY] * len(given), num_new)
+            wrong[name] = wrong_tokens(reference, given, outputs, MIN_MARGINS[dtype])
+    return wrong, late
 
 
 def replay_differences(card: Card, make_recorder: Callable[[], Recorder], num_new: int) -> int:

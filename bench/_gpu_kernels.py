@@ -6,7 +6,9 @@ from __future__ import annotations
 import random
 from array import array
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -76,6 +78,20 @@ def worst_error(case: KernelCase, card: Card) -> float:
             break
         first += num_new
     return worst
+
+
+@contextmanager
+def noted_compilations() -> Iterator[list[str]]:
+    """Kernels that compile meanwhile, or are read from Triton's cache on disk."""
+    import triton
+
+    names: list[str] = []
+    runtime: Any = triton.knobs.runtime
+    runtime.jit_post_compile_hook = lambda *, fn, **_told: names.append(fn.name)
+    try:
+        yield names
+    finally:
+        runtime.jit_post_compile_hook = None
 
 
 class _Pool:

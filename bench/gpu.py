@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass, field
 import torch
 
 from bench import _gpu_actor, _gpu_engine, _gpu_kernels, _gpu_links, _gpu_peer, _gpu_speed, _gpu_split
-from bench._gpu_card import GIB, Card, copy_nbytes_per_s, flops_per_s, read_nbytes_per_s, software
+from bench._gpu_card import GIB, Card, copy_nbytes_per_s, flops_per_s, nccl_version, read_nbytes_per_s, software
 from bench._gpu_models import LLAMA_8B, Shape, loaded_model, plain_model
 from bench.harness import Figure
 from engine.decode_graphs import CudaRecorder, Recorder
@@ -106,9 +106,11 @@ def kernel_figures(run: Run, dtype: str, cases: Iterable[_gpu_kernels.KernelCase
 def golden(run: Run) -> Figures:
     num_new = 8 if run.quick else _gpu_engine.NUM_NEW_TOKENS
     for dtype, layers in itertools.product(("float32", "bfloat16"), ("", "_fused_kernels")):
-        found = _gpu_engine.golden_errors(run.card, dtype, run.recorder, num_new, bool(layers))
+        found, late = _gpu_engine.golden_errors(run.card, dtype, run.recorder, num_new, bool(layers))
         for name, wrong in found.items():
             yield exact(f"wrong_tokens_{dtype}_{name}{layers}", wrong, "tokens", 0.0)
+        tell(f"compiled after the warm-up: {late}")
+        yield exact(f"compiled_late_{dtype}{layers}", len(late), "kernels", 0.0)
 
 
 def graphs(run: Run) -> Figures:
@@ -203,11 +205,6 @@ def link_figures(run: Run, name: TransportName, copied: float) -> Figures:
 def link_plan(run: Run, name: TransportName) -> _gpu_links.Plan:
     num_blocks = 128 if run.card.is_gpu else 6  # 1 GiB
     return _gpu_links.Plan(name, str(run.card.device), run.link_layout, num_blocks, chunk_blocks=2)
-
-
-def nccl_version() -> tuple[int, ...]:
-    version: tuple[int, ...] = torch.cuda.nccl.version()  # type: ignore[no-untyped-call]
-    return version
 
 
 def split(run: Run) -> Figures:

@@ -11,21 +11,22 @@ import torch
 from torch import nn
 from torch.nn import functional
 from transformers import PreTrainedModel
-from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP, LlamaRMSNorm
-from transformers.models.mistral.modeling_mistral import MistralAttention, MistralMLP, MistralRMSNorm
-from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention, Qwen2MLP, Qwen2RMSNorm
-from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention, Qwen3MLP, Qwen3RMSNorm
+from transformers.models.llama import modeling_llama as llama
+from transformers.models.mistral import modeling_mistral as mistral
+from transformers.models.qwen2 import modeling_qwen2 as qwen2
+from transformers.models.qwen3 import modeling_qwen3 as qwen3
 
 from engine.attention import KVMeta, paged_attention
 from engine.device_steps import PagedStep
 
 
 def fuse(model: PreTrainedModel, kernels: bool = False) -> None:
-    """Replace the layers that have a faster form, in place. kernels: with triton_layers.py, where steps are such as
-    device_runner.py makes."""
+    """Replace the layers that have a faster form, in place. kernels: more of each layer at once, with triton_layers.py
+    where steps are such as device_runner.py makes."""
+    faster = _FUSED | _FUSED_WHOLE if kernels else _FUSED
     for module in reversed(list(model.modules())):  # inner ones first: the outer ones take them over
         for name, child in list(module.named_children()):
-            if make := _FUSED.get(type(child)):
+            if make := faster.get(type(child)):
                 setattr(module, name, made := make(child))
                 if isinstance(made, FusedAttention | FusedMLP):
                     made.kernels = kernels
@@ -54,16 +55,18 @@ class FusedMLP(nn.Module):
         self._is_silu: bool = mlp.config.hidden_act == "silu"
 
     def forward(self, rows: torch.Tensor) -> torch.Tensor:
-        down: torch.Tensor
+        down: torch.Tensor = self.down_proj(self.gated(rows))
+        return down
+
+    def gated(self, rows: torch.Tensor) -> torch.Tensor:
+        """What down_proj multiplies. [..., intermediate_size]"""
         gate_up = self.gate_up_proj(rows)
         if self.kernels and self._is_silu:
             from engine import triton_layers
 
-            down = self.down_proj(triton_layers.gated_silu(gate_up))
-            return down
+            return triton_layers.gated_silu(gate_up)
         gate, up = gate_up.chunk(2, dim=-1)
-        down = self.down_proj(self._activation(gate).mul_(up))
-        return down
+        return self._activation(gate).mul_(up)
 
 
 class FusedAttention(nn.Module):
@@ -82,17 +85,23 @@ class FusedAttention(nn.Module):
         self._num_kv_heads: int = attention.k_proj.out_features // attention.head_dim
         self._scaling: float = attention.scaling
         # Mistral's layers read it from the config, Qwen's know their own; to Llama the config's would mean nothing.
-        owner = attention.config if isinstance(attention, MistralAttention) else attention
+        owner = attention.config if isinstance(attention, mistral.MistralAttention) else attention
         self._sliding_window: int | None = getattr(owner, "sliding_window", None)
 
     def forward(
         self, hidden_states: torch.Tensor, position_embeddings: tuple[torch.Tensor, torch.Tensor], **kwargs: Any
     ) -> tuple[torch.Tensor, None]:
         """hidden_states: [1, num_rows, hidden_size]; position_embeddings: cosines, sines, [1, num_rows, head_dim]."""
+        return self.o_proj(self.attended(hidden_states, position_embeddings, **kwargs)), None
+
+    def attended(
+        self, hidden_states: torch.Tensor, position_embeddings: tuple[torch.Tensor, torch.Tensor], **kwargs: Any
+    ) -> torch.Tensor:
+        """What o_proj multiplies. [1, num_rows, num_heads * head_dim]"""
         heads = self.qkv_proj(hidden_states).unflatten(-1, (-1, self._head_dim))  # [1, num_rows, all heads, head_dim]
         num_rotated = self._num_heads + self._num_kv_heads
         if self.kernels and isinstance(kwargs["kv_meta"].step, PagedStep):
-            return self.o_proj(self._by_kernels(heads, position_embeddings, kwargs["kv_meta"]).flatten(1)[None]), None
+            return self._by_kernels(heads, position_embeddings, kwargs["kv_meta"]).flatten(1)[None]
         rotated = rotate(self._normed(heads[:, :, :num_rotated]), *position_embeddings)
         attended, _ = paged_attention(
             self,
@@ -104,7 +113,7 @@ class FusedAttention(nn.Module):
             sliding_window=self._sliding_window,
             **kwargs,
         )
-        return self.o_proj(attended.flatten(2)), None
+        return attended.flatten(2)
 
     def _by_kernels(
         self, heads: torch.Tensor, position_embeddings: tuple[torch.Tensor, torch.Tensor], kv_meta: KVMeta
@@ -132,6 +141,32 @@ class FusedAttention(nn.Module):
         return torch.cat((self.q_norm(queries), self.k_norm(keys)), dim=2)
 
 
+class FusedDecoderLayer(nn.Module):
+    """The product that ends attention, and the one that ends the MLP, add to the hidden states in place: two passes
+    over them less."""
+
+    def __init__(self, layer: Any) -> None:
+        super().__init__()
+        self.input_layernorm, self.post_attention_layernorm = layer.input_layernorm, layer.post_attention_layernorm
+        self.self_attn: FusedAttention = layer.self_attn
+        self.mlp: FusedMLP = layer.mlp
+
+    def forward(self, hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        """hidden_states: [1, num_rows, hidden_size], of nobody else; they are what is returned."""
+        attended = self.self_attn.attended(self.input_layernorm(hidden_states), **kwargs)
+        add_product(hidden_states[0], attended[0], self.self_attn.o_proj)
+        gated = self.mlp.gated(self.post_attention_layernorm(hidden_states))
+        add_product(hidden_states[0], gated[0], self.mlp.down_proj)
+        return hidden_states
+
+
+def add_product(rows: torch.Tensor, inputs: torch.Tensor, linear: nn.Linear) -> None:
+    """rows, [num_rows, out_features], += linear(inputs); inputs: [num_rows, in_features]."""
+    rows.addmm_(inputs, linear.weight.t())
+    if linear.bias is not None:
+        rows.add_(linear.bias)
+
+
 def rotate(heads: torch.Tensor, cosines: torch.Tensor, sines: torch.Tensor) -> torch.Tensor:
     """Rotary position embedding (Su et al. 2021), by halves: dimension i turns with i + head_dim / 2.
 
@@ -155,8 +190,13 @@ def merged_linear(*linears: nn.Linear) -> nn.Linear:
     return merged
 
 
-_FUSED: dict[type[nn.Module], Callable[[nn.Module], nn.Module]] = {
-    **dict.fromkeys((LlamaRMSNorm, MistralRMSNorm, Qwen2RMSNorm, Qwen3RMSNorm), FusedRMSNorm),
-    **dict.fromkeys((LlamaMLP, MistralMLP, Qwen2MLP, Qwen3MLP), FusedMLP),
-    **dict.fromkeys((LlamaAttention, MistralAttention, Qwen2Attention, Qwen3Attention), FusedAttention),
-}
+_FAMILIES = ((llama, "Llama"), (mistral, "Mistral"), (qwen2, "Qwen2"), (qwen3, "Qwen3"))
+_Make = Callable[[nn.Module], nn.Module]
+
+
+def _of_each(part: str, make: _Make) -> dict[type[nn.Module], _Make]:
+    return {getattr(family, f"{name}{part}"): make for family, name in _FAMILIES}
+
+
+_FUSED = _of_each("RMSNorm", FusedRMSNorm) | _of_each("MLP", FusedMLP) | _of_each("Attention", FusedAttention)
+_FUSED_WHOLE = _of_each("DecoderLayer", FusedDecoderLayer)

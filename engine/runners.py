@@ -32,8 +32,11 @@ def make_runner(
     max_model_len: int,
     on_progress: Callable[[str], None],
 ) -> Runner:
-    """Ready for its first step."""
+    """Ready for its first step; ValueError where a GPU has no memory for the largest."""
     runner = _runner_over(loaded, kv_cache, engine)
+    if kv_cache.tensor.is_cuda:
+        on_progress("trying the largest step")
+        warm_up(runner, engine, max_model_len)
     if isinstance(runner, DeviceRunner) and engine.cuda_graphs:
         runner.record_graphs(engine.max_num_seqs, max_model_len, CudaRecorder(kv_cache.tensor.device), on_progress)
     return runner
@@ -55,15 +58,36 @@ def num_blocks_beside(loaded: LoadedModel, engine: EngineConfig, max_model_len: 
     return num_blocks_for(nbytes, layout, "what gpu_memory_utilization leaves")
 
 
+def warm_up(runner: Runner, engine: EngineConfig, max_model_len: int) -> None:
+    """Runs the largest step and one of decodes alone: what compiles does so before a request waits for it, and what has
+    no room says so (ValueError). Leaves keys and values in blocks that are nobody's yet."""
+    num_blocks = runner.kv_cache.num_blocks
+    largest = largest_step(engine, max_model_len, num_blocks)
+    try:
+        runner.execute(largest)
+        runner.execute(_drawing_step(len(largest.scheduled), 1, engine.block_size, num_blocks))
+    except torch.OutOfMemoryError as error:
+        raise ValueError(
+            f"no GPU memory is left for a step of {largest.num_batched_tokens} tokens beside {num_blocks} KV blocks: "
+            f"lower kv_cache_bytes, num_blocks or max_num_batched_tokens ({error})"
+        ) from None
+
+
 def use_layer_kernels(engine: EngineConfig) -> bool:
     return engine.fused_kernels and engine.is_on_gpu and find_spec("triton") is not None
 
 
-def largest_step(engine: EngineConfig, max_model_len: int) -> SchedulerOutput:
-    """As many tokens as a step may have, over as many prompts as may be in it, each of which draws."""
+def largest_step(engine: EngineConfig, max_model_len: int, num_blocks: int | None = None) -> SchedulerOutput:
+    """As many tokens as a step may have, over as many prompts as may be in it, each of which draws. num_blocks: of the
+    pool; where they are too few, prompts share them. None: a block for everything."""
     num_seqs = min(engine.max_num_seqs, engine.max_num_batched_tokens)
     length = min(max_model_len, engine.max_num_batched_tokens // num_seqs)
-    num_blocks = -(-length // engine.block_size)
+    return _drawing_step(num_seqs, length, engine.block_size, num_blocks)
+
+
+def _drawing_step(num_seqs: int, length: int, block_size: int, num_blocks: int | None) -> SchedulerOutput:
+    per_request = -(-length // block_size)
+    block_ids = [block_id % (num_blocks or num_seqs * per_request) for block_id in range(num_seqs * per_request)]
     scheduled = tuple(
         ScheduledRequest(
             request_id=str(index),
@@ -71,7 +95,7 @@ def largest_step(engine: EngineConfig, max_model_len: int) -> SchedulerOutput:
             num_prompt_tokens=length,
             num_computed_tokens=0,
             num_scheduled_tokens=length,
-            block_table=list(range(index * num_blocks, (index + 1) * num_blocks)),
+            block_table=block_ids[index * per_request : (index + 1) * per_request],
             sampling_params=_HEAVY,
             samples=True,
         )

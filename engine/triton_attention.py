@@ -99,7 +99,7 @@ def _decode(
     is_wide = rows.shape[2] * rows.element_size() > 512  # keys and values of a tile must fit shared memory
     # As many as the longest context that the block tables have room for may need: the same in every replay of a graph.
     longest = step.block_tables.shape[1] * layer.shape[2]
-    num_splits = min(MAX_SPLITS, triton.next_power_of_2(triton.cdiv(longest, MIN_SPLIT)))
+    num_splits = min(MAX_SPLITS, triton.cdiv(longest, MIN_SPLIT))
     num_kv_heads = layer.shape[3]
     partial = torch.empty(num_rows, num_heads, num_splits, rows.shape[2], dtype=torch.float32, device=rows.device)
     log_sums = torch.empty(num_rows, num_heads, num_splits, dtype=torch.float32, device=rows.device)
@@ -109,18 +109,17 @@ def _decode(
         **geometry,
         PADDED_GROUP=max(MIN_DOT, triton.next_power_of_2(num_heads // num_kv_heads)),
         MIN_SPLIT=MIN_SPLIT,
-        NUM_SPLITS=num_splits,
         TILE=DECODE_TILE // 2 if is_wide else DECODE_TILE,
         num_warps=4,
         num_stages=1 if is_wide else 3,
     )
     _join_splits[(num_rows, num_heads)](
-        *(partial, log_sums, out, step.kv_lens),
+        *(partial, log_sums, out, step.kv_lens, num_splits),
         WINDOW=geometry["WINDOW"],
         HEAD_DIM=geometry["HEAD_DIM"],
         PADDED_DIM=geometry["PADDED_DIM"],
         MIN_SPLIT=MIN_SPLIT,
-        NUM_SPLITS=num_splits,
+        MAX_SPLITS=MAX_SPLITS,
         num_warps=4,
     )
 
@@ -150,8 +149,12 @@ def _with_whole_heads(rows: torch.Tensor) -> torch.Tensor:
 # `layer` points to the layer's keys in block 0; its values lie a block's worth of slots behind them.
 # fmt: off
 
+# What differs from step to step chooses no variant of a kernel: a variant compiles for seconds when it is first met.
+_VARYING = ("slots", "block_tables", "kv_lens", "chunk_starts", "tiles", "table_row", "num_splits")
+_of_any_step = triton.jit(do_not_specialize=_VARYING, do_not_specialize_on_alignment=_VARYING)
 
-@triton.jit
+
+@_of_any_step
 def _write_rows(keys, values, layer, slots, key_row, key_head, value_row, value_head,
                 SLOT_STRIDE: tl.constexpr, NUM_KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr,
                 PADDED_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr):
@@ -188,24 +191,25 @@ def _fold(scores, values, top, total, out, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def _split_of(num_keys, MIN_SPLIT: tl.constexpr, NUM_SPLITS: tl.constexpr):
+def _split_of(num_keys, num_splits, MIN_SPLIT: tl.constexpr):
     """Keys of one split: a multiple of MIN_SPLIT, so that most tiles are whole."""
-    return MIN_SPLIT * ((num_keys + MIN_SPLIT * NUM_SPLITS - 1) // (MIN_SPLIT * NUM_SPLITS))
+    return MIN_SPLIT * ((num_keys + MIN_SPLIT * num_splits - 1) // (MIN_SPLIT * num_splits))
 
 
-@triton.jit
+@_of_any_step
 def _decode_split(queries, layer, partial, log_sums, block_tables, kv_lens, query_row, query_head, table_row,
                   SCALING: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, GROUP: tl.constexpr,
                   NUM_KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr,
                   BLOCK_SIZE: tl.constexpr, BLOCK_STRIDE: tl.constexpr, PRECISION: tl.constexpr,
-                  PADDED_GROUP: tl.constexpr, MIN_SPLIT: tl.constexpr, NUM_SPLITS: tl.constexpr, TILE: tl.constexpr):
+                  PADDED_GROUP: tl.constexpr, MIN_SPLIT: tl.constexpr, TILE: tl.constexpr):
     """The query heads of one KV head over one split of one request's keys."""
-    row, kv_head, split = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
+    row, kv_head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    split, num_splits = tl.program_id(2), tl.num_programs(2)
     kv_len = tl.load(kv_lens + row)
     first = kv_len * 0
     if WINDOW > 0:
         first = tl.maximum(kv_len - WINDOW, 0)
-    per_split = _split_of(kv_len - first, MIN_SPLIT, NUM_SPLITS)
+    per_split = _split_of(kv_len - first, num_splits, MIN_SPLIT)
     begin = first + split * per_split
     end = tl.minimum(begin + per_split, kv_len)
     if begin < end:
@@ -229,22 +233,22 @@ def _decode_split(queries, layer, partial, log_sums, block_tables, kv_lens, quer
             scores = _scored(query, tl.trans(keys), SCALING, SOFTCAP, PRECISION)
             scores = tl.where(inside[None, :], scores, float("-inf"))
             top, total, out = _fold(scores, values, top, total, out, PRECISION)
-        place = (row * NUM_KV_HEADS * GROUP + head) * NUM_SPLITS + split
+        place = (row * NUM_KV_HEADS * GROUP + head) * num_splits + split
         tl.store(log_sums + place, top + tl.log2(total), mask=heads < GROUP)
         tl.store(partial + place[:, None] * HEAD_DIM + dims[None, :], out / total[:, None], mask=mine)
 
 
-@triton.jit
-def _join_splits(partial, log_sums, out, kv_lens, WINDOW: tl.constexpr, HEAD_DIM: tl.constexpr,
-                 PADDED_DIM: tl.constexpr, MIN_SPLIT: tl.constexpr, NUM_SPLITS: tl.constexpr):
+@_of_any_step
+def _join_splits(partial, log_sums, out, kv_lens, num_splits, WINDOW: tl.constexpr, HEAD_DIM: tl.constexpr,
+                 PADDED_DIM: tl.constexpr, MIN_SPLIT: tl.constexpr, MAX_SPLITS: tl.constexpr):
     """The splits of one head of one row, weighed by their sums; zeros where there are none."""
     row, head, num_heads = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
     num_keys = tl.load(kv_lens + row)
     if WINDOW > 0:
         num_keys = tl.minimum(num_keys, WINDOW)
-    splits, dims = tl.arange(0, NUM_SPLITS), tl.arange(0, PADDED_DIM)
-    used = splits * _split_of(num_keys, MIN_SPLIT, NUM_SPLITS) < num_keys
-    place = (row * num_heads + head) * NUM_SPLITS + splits
+    splits, dims = tl.arange(0, MAX_SPLITS), tl.arange(0, PADDED_DIM)
+    used = splits * _split_of(num_keys, num_splits, MIN_SPLIT) < num_keys
+    place = (row * num_heads + head) * num_splits + splits
     sums = tl.load(log_sums + place, mask=used, other=float("-inf"))
     top = tl.max(sums, 0)
     weights = tl.where(used, tl.exp2(sums - tl.where(top == float("-inf"), 0.0, top)), 0.0)
@@ -255,7 +259,7 @@ def _join_splits(partial, log_sums, out, kv_lens, WINDOW: tl.constexpr, HEAD_DIM
     tl.store(out + (row * num_heads + head) * HEAD_DIM + dims, joined.to(out.dtype.element_ty), mask=dims < HEAD_DIM)
 
 
-@triton.jit
+@_of_any_step
 def _prefill_tile(queries, layer, outs, block_tables, kv_lens, chunk_starts, tiles, query_row, query_head, table_row,
                   SCALING: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, GROUP: tl.constexpr,
                   NUM_KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr,

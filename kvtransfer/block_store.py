@@ -11,7 +11,8 @@ from protos.types import KVLayout
 
 
 class BlockStore(Protocol):
-    """Both methods run on transport threads, and touch only blocks that are leased to a transfer."""
+    """Both methods run on transport threads, and touch only blocks that are leased to a transfer. A copy is over when
+    they return, on a GPU too."""
 
     layout: KVLayout
 

@@ -36,8 +36,7 @@ _SETTINGS = {
 
 
 class NcclWire:
-    """Invariant: every operation goes to one stream, in order; what is done on a thread's own stream before `start` is
-    seen by it."""
+    """Invariant: every operation goes to one stream, in order."""
 
     def __init__(
         self, rank: int, prefix: str, open_it: Callable[[], Store], device: torch.device, config: TransferConfig
@@ -67,8 +66,11 @@ class NcclWire:
     def start(self, data: torch.Tensor) -> Callable[[], bool]:
         if self._group is None:
             raise RuntimeError("not connected")
-        on_device = data.to(self._device)  # filler is made on the host
-        self._stream.wait_stream(torch.cuda.current_stream(self._device))
+        # What lies in staging is there, and what lay there has been read: BlockStore waits for both. Only filler comes
+        # from the host. So a receive, which is posted beside the engine, never waits for a step.
+        on_device = data.to(self._device)
+        if on_device is not data:
+            self._stream.wait_stream(torch.cuda.current_stream(self._device))
         self._launch(on_device, is_sending=self._rank == _SENDER)
         event = self._event()
 

@@ -12,7 +12,7 @@ pytest.importorskip("triton")
 
 from engine import triton_layers
 from engine.device_runner import DeviceRunner
-from engine.fused_modules import FusedAttention, FusedMLP, rotate
+from engine.fused_modules import FusedAttention, FusedDecoderLayer, FusedMLP, add_product, rotate
 from engine.model_loader import load_model
 from engine.model_runner import ModelRunner
 from engine.paged_kv_cache import PagedKVCache
@@ -50,12 +50,22 @@ def test_gated_activation(size: int) -> None:
     torch.testing.assert_close(triton_layers.gated_silu(gate_up), functional.silu(gate) * up, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3"])
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_product_is_added_in_place(bias: bool) -> None:
+    linear = torch.nn.Linear(5, 7, bias=bias).requires_grad_(False)
+    rows, inputs = torch.randn(3, 7), torch.randn(3, 5)
+    expected = rows + linear(inputs)
+    add_product(rows, inputs, linear)
+    torch.testing.assert_close(rows, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
 def test_a_model_gives_the_same_tokens_with_them(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = save_tiny_model(tmp_path, family, num_hidden_layers=1)
     plain, with_kernels = load_model(path), load_model(path, fused_kernels=True)
     kinds = [m.kernels for m in with_kernels.model.modules() if isinstance(m, FusedAttention | FusedMLP)]
     assert kinds == [True, True]
+    assert sum(isinstance(m, FusedDecoderLayer) for m in with_kernels.model.modules()) == 1
     calls: list[str] = []
     for name in ("rotate_and_write", "gated_silu"):
         kernel = getattr(triton_layers, name)
