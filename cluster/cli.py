@@ -54,7 +54,7 @@ Address = Annotated[
 
 
 def fail(message: str) -> typer.Exit:
-    console.print(f"error: {message}", style="red", highlight=False, markup=False)
+    console.print(f"error: {message}", style="red", highlight=False, markup=False, soft_wrap=True)
     return typer.Exit(1)
 
 

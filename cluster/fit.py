@@ -37,7 +37,7 @@ def fit(
             phases: dict[str, object] = {"prefill": asdict(fitted.prefill), "decode": asdict(fitted.decode)}
             write(json, hardware_to_json(hardware, phases))
     except (ValueError, OSError) as error:
-        console.print(f"error: {error}", style="red", highlight=False, markup=False)
+        console.print(f"error: {error}", style="red", highlight=False, markup=False, soft_wrap=True)
         raise typer.Exit(1) from error
 
 

@@ -1,6 +1,7 @@
-"""The one thread that owns a worker's scheduler and blocks. Takes events from any thread as they come, hands every
-batch of effects to the event loop in one call, and leaves the steps to a second thread: a question to this worker, or
-a grant, must not wait for a step that it has nothing to do with."""
+"""Who owns a worker's scheduler and blocks: one of two threads at a time. One takes events from any thread as they
+come, so that a question to this worker, or a grant, does not wait for a step that it has nothing to do with. The other
+runs the steps, and between two of them does what is due itself: to wake a thread twice for every token costs more than
+the scheduler. Every batch of effects goes to the event loop in one call."""
 
 from __future__ import annotations
 
@@ -30,8 +31,9 @@ class _Step:
 
 
 class EngineThread:
-    """Invariant: nobody else touches `core` once the thread has started. At most one step is under way; it reads what
-    the core has lent it (ScheduledRequest), which no event changes, and writes to blocks that nobody else has."""
+    """Invariant: once the threads have started, whoever touches `core` holds `_owning`, and nobody holds it during a
+    step. At most one step is under way; it reads what the core has lent it (ScheduledRequest), which no event changes,
+    and writes to blocks that nobody else has."""
 
     def __init__(
         self,
@@ -40,7 +42,7 @@ class EngineThread:
         deliver: Callable[[Sequence[Effect]], None],
         on_crash: Callable[[BaseException], None],
     ) -> None:
-        """`deliver` and `on_crash` are called on the engine thread; they only pass on. `execute` has a thread too."""
+        """`deliver` and `on_crash` are called on either thread; they only pass on. `execute` is called on its own."""
         self._core = core
         self._execute = execute
         self._deliver = deliver
@@ -49,7 +51,8 @@ class EngineThread:
         self._fence_reason: str | None = None
         self._stopping = False
         self._has_news = False
-        self._wake = threading.Condition()
+        self._wake = threading.Condition()  # taken with or without _owning, never before it
+        self._owning = threading.Lock()
         self._step: _Step | None = None  # under way, or over and not yet taken over
         self._steps: SimpleQueue[_Step | None] = SimpleQueue()
         self.stats: WorkerStats = core.stats()
@@ -88,33 +91,17 @@ class EngineThread:
         step = self._step
         return 0.0 if step is None else now - step.started_at
 
-    # --- the owner of the core ----------------------------------------------------------------------------------------
+    # --- what is due --------------------------------------------------------------------------------------------------
 
-    def _run(self) -> None:
-        try:
-            while not self._stopping:
-                self._handle(self._take())
-                if self._step is not None and self._step.result is not None:
-                    self._end_step(self._step, self._step.result)
-                if self._step is None:
-                    self._start_step()
-        except BaseException as error:  # the thread is the worker: whatever ended it must end the worker
-            logger.exception("engine thread ended")
-            self._on_crash(error)
-
-    def _take(self) -> list[Event]:
-        """Wait for events, the end of a step, a deadline, or the time of the next stats.
-
-        Those come with no event: taken with one, they would nearly always show what it brought as waiting."""
-        now, deadline = time.monotonic(), self._core.deadline
-        due_at = self._stats_due_at
-        if self._step is None and deadline is not None:
-            due_at = min(due_at, deadline)
-        with self._wake:
-            self._wake.wait_for(lambda: self._has_news, max(0.0, due_at - now))
-            self._has_news = False
-            events, self._inbox = self._inbox, []
-            return events
+    def _turn(self) -> None:
+        with self._owning:
+            with self._wake:
+                events, self._inbox = self._inbox, []
+            self._handle(events)
+            if self._step is not None and self._step.result is not None:
+                self._end_step(self._step, self._step.result)
+            if self._step is None:
+                self._start_step()
 
     def _handle(self, events: list[Event]) -> None:
         now = time.monotonic()
@@ -149,6 +136,28 @@ class EngineThread:
         self._has_news = True
         self._wake.notify()
 
+    # --- the thread of the events -------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        try:
+            while not self._stopping:
+                self._wait()
+                self._turn()
+        except BaseException as error:  # the thread is the worker: whatever ended it must end the worker
+            logger.exception("engine thread ended")
+            self._on_crash(error)
+
+    def _wait(self) -> None:
+        """For events, a deadline where no step is under way, or the time of the next stats.
+
+        Those come with no event: taken with one, they would nearly always show what it brought as waiting."""
+        with self._owning:
+            deadline = self._core.deadline if self._step is None else None
+        due_at = self._stats_due_at if deadline is None else min(self._stats_due_at, deadline)
+        with self._wake:
+            self._wake.wait_for(lambda: self._has_news, max(0.0, due_at - time.monotonic()))
+            self._has_news = False
+
     # --- the thread of the steps --------------------------------------------------------------------------------------
 
     def _run_steps(self) -> None:
@@ -156,10 +165,13 @@ class EngineThread:
             while (step := self._steps.get()) is not None:
                 started_at = time.monotonic()
                 result = self._execute(step.output)
-                step.duration_s = time.monotonic() - started_at
-                with self._wake:
-                    step.result = result
-                    self._tell()
+                step.duration_s, step.result = time.monotonic() - started_at, result
+                if self._stopping:
+                    return
+                self._turn()
+                if self._step is None:  # the other thread waits for the core's deadline from now on
+                    with self._wake:
+                        self._tell()
         except BaseException as error:  # a step that failed may have written half of its blocks
             logger.exception("step thread ended")
             self._on_crash(error)

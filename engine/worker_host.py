@@ -55,7 +55,7 @@ Context = grpc.aio.ServicerContext[pb.RouterFrame, pb.WorkerFrame]
 class WorkerHost(pb_grpc.WorkerServicer):
     """Invariant: an output goes to the session that submitted its request, or nowhere.
 
-    Has the shape of kvtransfer's TransferHost. Lives on one event loop; the engine thread calls only `deliver` and
+    Has the shape of kvtransfer's TransferHost. Lives on one event loop; the engine's threads call only `deliver` and
     `crashed`."""
 
     def __init__(self, me: PeerRef, model_fingerprint: str, lease: LeaseConfig, on_end: Callable[[str], None]) -> None:
@@ -180,14 +180,14 @@ class WorkerHost(pb_grpc.WorkerServicer):
         self._engine.fence(reason)
         self._on_end(reason)
 
-    # --- engine thread --------------------------------------------------------------------------------------------
+    # --- the engine's threads -------------------------------------------------------------------------------------
 
     def deliver(self, effects: Sequence[Effect]) -> None:
-        """Called on the engine thread."""
+        """Called on either thread of the engine."""
         self._loop.call_soon_threadsafe(self._apply, effects)
 
     def crashed(self, error: BaseException) -> None:
-        """Called on the engine thread."""
+        """Called on either thread of the engine."""
         self._loop.call_soon_threadsafe(self._fence, f"engine crashed: {error!r}")
 
     def _apply(self, effects: Sequence[Effect]) -> None:

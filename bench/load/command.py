@@ -78,7 +78,7 @@ def serve(
         target = Target(url, model, token, as_endpoint(endpoint), timeout)
         reports, notes = run(target, plan)
     except (ValueError, OSError) as error:
-        console.print(f"error: {error}", style="red", highlight=False, markup=False)
+        console.print(f"error: {error}", style="red", highlight=False, markup=False, soft_wrap=True)
         raise typer.Exit(1) from error
     if not reports:
         raise typer.Exit(1)

@@ -26,6 +26,7 @@ SETTINGS = (*PATIENT, "engine.max_num_batched_tokens=64", "engine.num_blocks=400
 PROMPT = list(range(40, 240))
 LONG = [i % 250 for i in range(1500)]
 NUM_TOKENS = 300
+SHORT = request(PROMPT, 40, ignore_eos=True)
 
 
 @pytest.fixture(scope="module")
@@ -157,24 +158,31 @@ async def test_the_ray_head_is_not_on_the_token_path(model: Path, tmp_path: Path
         assert after.token_ids == answer.token_ids[:20]
 
 
+@pytest.fixture(scope="module")
+def untransferred(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Answer:
+    folder = tmp_path_factory.mktemp("colocated")
+    with serving(folder, "--model", str(model), "--mode", "colocated", settings=PATIENT) as server:
+        answer = asyncio.run(answer_of(server, SHORT))
+    assert answer.placement.mode == pb.SERVING_MODE_LOCAL
+    return answer
+
+
 @pytest.mark.parametrize("checksum", ["xxh3_64", "none"])
-async def test_transferred_blocks_are_verified_and_used(model: Path, tmp_path: Path, checksum: str) -> None:
+async def test_transferred_blocks_are_verified_and_used(
+    untransferred: Answer, model: Path, tmp_path: Path, checksum: str
+) -> None:
     """A byte flipped on the way: caught and recomputed with verification on; with it off, the output changes, which
     proves that what was transferred is what is decoded from."""
     flip = ("transfer.failpoint=flip_received_bytes", f"transfer.checksum={checksum}")
-    one = request(PROMPT, 40, ignore_eos=True)
-    with serving(tmp_path, "--model", str(model), "--mode", "colocated", settings=PATIENT) as server:
-        expected = await answer_of(server, one)
-        assert expected.placement.mode == pb.SERVING_MODE_LOCAL
     with serving(tmp_path, "--model", str(model), settings=(*PATIENT, *flip)) as server:
-        answer = await answer_of(server, one)
+        answer = await answer_of(server, SHORT)
     if checksum == "none":
         assert answer.placement.mode == pb.SERVING_MODE_DISAGGREGATED
-        assert answer.token_ids != expected.token_ids
+        assert answer.token_ids != untransferred.token_ids
     else:
         assert answer.placement.mode == pb.SERVING_MODE_RECOMPUTED
         assert "checksum" in answer.placement.mode_reason
-        assert answer.token_ids == expected.token_ids
+        assert answer.token_ids == untransferred.token_ids
 
 
 async def test_a_pool_of_eight_blocks_serves_a_hundred_requests(model: Path, tmp_path: Path) -> None:

@@ -123,7 +123,8 @@ def test_what_cannot_be_fitted_is_told(before: Path, after: Path, tmp_path: Path
     assert "0 steps that only decode were measured" in complaint(after, "--since", after)
     assert "no worker has run a step" in complaint(saved(tmp_path / "idle.txt", exposition(())))
     assert "no metrics of Twinring" in complaint(saved(tmp_path / "other.txt", "up 1\n"))
-    assert "other.txt: not in Prometheus" in complaint(after, "--since", saved(tmp_path / "other.txt", "{}{}{"))
+    other = saved(tmp_path / f"{'other' * 30}.txt", "{}{}{")
+    assert f"{other}: not in Prometheus" in complaint(after, "--since", other)  # whole, however long
     assert "No such file" in complaint(tmp_path / "missing.txt")
     assert "refused" in complaint("http://127.0.0.1:1/metrics")
 
