@@ -83,7 +83,7 @@ class Setting:
 
 
 class Actor:
-    """An engine that runs. `on_effects` is called on its thread."""
+    """An engine that runs. `on_effects` is called on its threads, one at a time."""
 
     def __init__(self, setting: Setting, on_effects: Callable[[Sequence[Effect]], None]) -> None:
         card = Card(torch.device(setting.device))
@@ -172,7 +172,7 @@ def colocated(setting: Setting) -> Iterator[Callable[[Load], float]]:
 
 
 def note_tokens(times: Times, effects: Sequence[Effect]) -> None:
-    """On the engine's thread."""
+    """On the engine's threads."""
     at = time.monotonic()
     for effect in effects:
         if isinstance(effect, TokenOutput):

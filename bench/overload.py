@@ -33,7 +33,7 @@ TIMEOUT_S = 30.0
 class Load:
     """What one stretch of load came to."""
 
-    rate: float  # requests per second that arrived
+    rate: float  # requests per second aimed at
     duration_s: float
     num_in_slo: int = 0
     outcomes: Counter[str] = field(default_factory=Counter)

@@ -42,7 +42,8 @@ class EngineThread:
         deliver: Callable[[Sequence[Effect]], None],
         on_crash: Callable[[BaseException], None],
     ) -> None:
-        """`deliver` and `on_crash` are called on either thread; they only pass on. `execute` is called on its own."""
+        """`deliver` and `on_crash` are called on either thread, the former with the core held; they only pass on.
+        `execute` is called on its own."""
         self._core = core
         self._execute = execute
         self._deliver = deliver
@@ -94,14 +95,24 @@ class EngineThread:
     # --- what is due --------------------------------------------------------------------------------------------------
 
     def _turn(self) -> None:
+        """After an error nobody touches the core again: half of a change may be in it."""
         with self._owning:
-            with self._wake:
-                events, self._inbox = self._inbox, []
-            self._handle(events)
-            if self._step is not None and self._step.result is not None:
-                self._end_step(self._step, self._step.result)
-            if self._step is None:
-                self._start_step()
+            if self._stopping:
+                return
+            try:
+                self._do_what_is_due()
+            except BaseException:
+                self._stopping = True
+                raise
+
+    def _do_what_is_due(self) -> None:
+        with self._wake:
+            events, self._inbox = self._inbox, []
+        self._handle(events)
+        if self._step is not None and self._step.result is not None:
+            self._end_step(self._step, self._step.result)
+        if self._step is None:
+            self._start_step()
 
     def _handle(self, events: list[Event]) -> None:
         now = time.monotonic()
@@ -162,12 +173,10 @@ class EngineThread:
 
     def _run_steps(self) -> None:
         try:
-            while (step := self._steps.get()) is not None:
+            while (step := self._steps.get()) is not None and not self._stopping:
                 started_at = time.monotonic()
                 result = self._execute(step.output)
                 step.duration_s, step.result = time.monotonic() - started_at, result
-                if self._stopping:
-                    return
                 self._turn()
                 if self._step is None:  # the other thread waits for the core's deadline from now on
                     with self._wake:

@@ -3,8 +3,10 @@ is there."""
 
 from __future__ import annotations
 
+import itertools
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from importlib.util import find_spec
 
 import torch
@@ -32,13 +34,15 @@ def make_runner(
     max_model_len: int,
     on_progress: Callable[[str], None],
 ) -> Runner:
-    """Ready for its first step; ValueError where a GPU has no memory for the largest."""
+    """Ready for its first step; ValueError where a GPU has no memory for the largest, or for recorded graphs."""
     runner = _runner_over(loaded, kv_cache, engine)
-    if kv_cache.tensor.is_cuda:
-        on_progress("trying the largest step")
-        warm_up(runner, engine, max_model_len)
-    if isinstance(runner, DeviceRunner) and engine.cuda_graphs:
-        runner.record_graphs(engine.max_num_seqs, max_model_len, CudaRecorder(kv_cache.tensor.device), on_progress)
+    device = kv_cache.tensor.device
+    with _no_room_told(kv_cache.num_blocks):
+        if device.type == "cuda":
+            on_progress("trying the largest step")
+            warm_up(runner, engine, max_model_len)
+        if isinstance(runner, DeviceRunner) and engine.cuda_graphs:
+            runner.record_graphs(engine.max_num_seqs, max_model_len, CudaRecorder(device), on_progress)
     return runner
 
 
@@ -59,17 +63,25 @@ def num_blocks_beside(loaded: LoadedModel, engine: EngineConfig, max_model_len: 
 
 
 def warm_up(runner: Runner, engine: EngineConfig, max_model_len: int) -> None:
-    """Runs the largest step and one of decodes alone: what compiles does so before a request waits for it, and what has
-    no room says so (ValueError). Leaves keys and values in blocks that are nobody's yet."""
+    """Runs the steps that ask for the most: of prompts, of one prompt, of decodes. What compiles does so before a
+    request waits for it. Leaves keys and values in blocks that are nobody's yet."""
     num_blocks = runner.kv_cache.num_blocks
     largest = largest_step(engine, max_model_len, num_blocks)
+    runner.execute(largest)
+    one_prompt = [min(max_model_len, engine.max_num_batched_tokens)]
+    decodes = [1] * len(largest.scheduled)
+    for lengths in (one_prompt, decodes):
+        runner.execute(_drawing_step(lengths, engine.block_size, num_blocks))
+
+
+@contextmanager
+def _no_room_told(num_blocks: int) -> Iterator[None]:
     try:
-        runner.execute(largest)
-        runner.execute(_drawing_step(len(largest.scheduled), 1, engine.block_size, num_blocks))
+        yield
     except torch.OutOfMemoryError as error:
         raise ValueError(
-            f"no GPU memory is left for a step of {largest.num_batched_tokens} tokens beside {num_blocks} KV blocks: "
-            f"lower kv_cache_bytes, num_blocks or max_num_batched_tokens ({error})"
+            f"no GPU memory is left for the largest step and for graphs beside {num_blocks} KV blocks: lower "
+            f"kv_cache_bytes, num_blocks or max_num_batched_tokens ({error})"
         ) from None
 
 
@@ -81,27 +93,27 @@ def largest_step(engine: EngineConfig, max_model_len: int, num_blocks: int | Non
     """As many tokens as a step may have, over as many prompts as may be in it, each of which draws. num_blocks: of the
     pool; where they are too few, prompts share them. None: a block for everything."""
     num_seqs = min(engine.max_num_seqs, engine.max_num_batched_tokens)
-    length = min(max_model_len, engine.max_num_batched_tokens // num_seqs)
-    return _drawing_step(num_seqs, length, engine.block_size, num_blocks)
+    each, more = divmod(min(engine.max_num_batched_tokens, num_seqs * max_model_len), num_seqs)
+    return _drawing_step([each + 1] * more + [each] * (num_seqs - more), engine.block_size, num_blocks)
 
 
-def _drawing_step(num_seqs: int, length: int, block_size: int, num_blocks: int | None) -> SchedulerOutput:
-    per_request = -(-length // block_size)
-    block_ids = [block_id % (num_blocks or num_seqs * per_request) for block_id in range(num_seqs * per_request)]
-    scheduled = tuple(
-        ScheduledRequest(
-            request_id=str(index),
-            token_ids=array("i", [0] * length),
-            num_prompt_tokens=length,
-            num_computed_tokens=0,
-            num_scheduled_tokens=length,
-            block_table=block_ids[index * per_request : (index + 1) * per_request],
-            sampling_params=_HEAVY,
-            samples=True,
+def _drawing_step(lengths: Sequence[int], block_size: int, num_blocks: int | None) -> SchedulerOutput:
+    scheduled: list[ScheduledRequest] = []
+    next_block = itertools.count() if num_blocks is None else itertools.cycle(range(num_blocks))
+    for index, length in enumerate(lengths):
+        scheduled.append(
+            ScheduledRequest(
+                request_id=str(index),
+                token_ids=array("i", [0] * length),
+                num_prompt_tokens=length,
+                num_computed_tokens=0,
+                num_scheduled_tokens=length,
+                block_table=list(itertools.islice(next_block, -(-length // block_size))),
+                sampling_params=_HEAVY,
+                samples=True,
+            )
         )
-        for index in range(num_seqs)
-    )
-    return SchedulerOutput(0, scheduled, num_seqs * length)
+    return SchedulerOutput(0, tuple(scheduled), sum(lengths))
 
 
 def _runner_over(loaded: LoadedModel, kv_cache: PagedKVCache, engine: EngineConfig) -> Runner:

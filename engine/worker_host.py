@@ -1,4 +1,4 @@
-"""A worker on its event loop: routers on one side, the engine thread on the other, KV transfers beside it. Passes
+"""A worker on its event loop: routers on one side, the engine's threads on the other, KV transfers beside it. Passes
 events on and keeps the lease; decides nothing about requests or blocks."""
 
 from __future__ import annotations

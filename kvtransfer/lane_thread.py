@@ -7,6 +7,7 @@ import asyncio
 import threading
 from collections.abc import Callable
 from queue import SimpleQueue
+from typing import Any
 
 import torch
 
@@ -75,6 +76,9 @@ class LaneThread:
 
     def _run(self) -> None:
         if self._device.type == "cuda":
-            torch.cuda.set_stream(torch.cuda.Stream(self._device))  # type: ignore[no-untyped-call]
+            stream: Any = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+            # A step under way may still use memory that the allocator has given to the lane already.
+            stream.wait_stream(torch.cuda.default_stream(self._device))
+            torch.cuda.set_stream(stream)
         while (job := self._jobs.get()) is not None:
             job()

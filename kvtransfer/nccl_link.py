@@ -61,7 +61,10 @@ class NcclWire:
             raise RuntimeError("nobody at the other end")
 
     def memory(self, num_bytes: int) -> torch.Tensor:
-        return torch.empty(num_bytes, dtype=torch.uint8, device=self._device)
+        made = torch.empty(num_bytes, dtype=torch.uint8, device=self._device)
+        # A step under way may still use what the allocator has given away already.
+        self._stream.wait_stream(torch.cuda.current_stream(self._device))
+        return made
 
     def start(self, data: torch.Tensor) -> Callable[[], bool]:
         if self._group is None:

@@ -8,14 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from engine import runners
 from engine.device_memory import DeviceMemory, kv_nbytes_beside
+from engine.device_runner import DeviceRunner
 from engine.model_loader import load_model
 from engine.model_runner import ModelRunner
 from engine.paged_kv_cache import PagedKVCache
 from engine.runners import largest_step, make_runner, num_blocks_beside, warm_up
-from engine.scheduler_output import SchedulerOutput, StepResult
 from engine.worker_config import CPU_KV_NBYTES, EngineConfig
-from protos.types import KVLayout
 from tests.tiny_models import save_tiny_model
 
 GIB = 1 << 30
@@ -44,10 +44,10 @@ def test_the_largest_step_runs_and_is_as_large_as_allowed(tmp_path: Path) -> Non
         model=str(tmp_path), max_num_seqs=3, max_num_batched_tokens=50, block_size=8, hash_block_size=8
     )
     step = largest_step(engine, max_model_len=2048)
-    assert [r.num_scheduled_tokens for r in step.scheduled] == [16, 16, 16]
+    assert [r.num_scheduled_tokens for r in step.scheduled] == [17, 17, 16]
     blocks = [block_id for request in step.scheduled for block_id in request.block_table]
-    assert sorted(blocks) == list(range(6))
-    cache = PagedKVCache(loaded.facts.kv_layout("float32", 8, 8), 6)
+    assert sorted(blocks) == list(range(8))
+    cache = PagedKVCache(loaded.facts.kv_layout("float32", 8, 8), 8)
     runner = make_runner(loaded, cache, engine, 2048, lambda progress: None)
     assert isinstance(runner, ModelRunner)
     assert set(runner.execute(step).sampled) == {"0", "1", "2"}
@@ -63,19 +63,23 @@ def test_a_warm_up_decodes_too_and_makes_do_with_the_blocks_there_are(tmp_path: 
     execute = runner.execute
     runner.execute = lambda step: steps.append([r.num_scheduled_tokens for r in step.scheduled]) or execute(step)  # type: ignore[method-assign,func-returns-value]
     warm_up(runner, engine, 2048)
-    assert steps == [[16, 16, 16], [1, 1, 1]]
+    assert steps == [[17, 17, 16], [50], [1, 1, 1]]
     assert runner.kv_cache.tensor.count_nonzero() > 0
 
 
-def test_no_room_for_the_largest_step_names_what_may_be_lowered(tmp_path: Path) -> None:
-    class Full:
-        kv_cache = PagedKVCache(KVLayout("f", "float32", 1, 1, 8, 8, 8, itemsize=4), 5)
+def test_no_room_for_the_largest_step_names_what_may_be_lowered(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
 
-        def execute(self, step: SchedulerOutput) -> StepResult:
-            raise torch.OutOfMemoryError("CUDA out of memory")
-
-    with pytest.raises(ValueError, match="step of 512 tokens beside 5 KV blocks: lower kv_cache_bytes"):
-        warm_up(Full(), EngineConfig(model=str(tmp_path)), 2048)  # type: ignore[arg-type]
+    loaded = load_model(save_tiny_model(tmp_path))
+    cache = PagedKVCache(loaded.facts.kv_layout("float32", 8, 8), 5)
+    monkeypatch.setattr(runners, "_runner_over", lambda *_: DeviceRunner(loaded, cache))
+    monkeypatch.setattr(DeviceRunner, "record_graphs", full)
+    monkeypatch.setattr(runners, "CudaRecorder", lambda device: None)
+    with pytest.raises(ValueError, match="beside 5 KV blocks: lower kv_cache_bytes"):
+        make_runner(loaded, cache, EngineConfig(model=str(tmp_path)), 2048, lambda progress: None)
 
 
 def test_a_worker_on_a_cpu_takes_what_it_is_told_or_a_little(tmp_path: Path) -> None:

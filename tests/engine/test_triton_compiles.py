@@ -1,5 +1,5 @@
-"""The kernels compile for the GPUs that they are meant for, with what they are launched with: types, shared memory and
-matrix instructions; and what one step has compiled, others use. In a process of its own, where Triton does not
+"""The kernels compile for the GPUs that they are meant for, with what they are launched with: types, shared memory,
+registers and instructions; and what one step has compiled, others use. In a process of its own, where Triton does not
 interpret; it needs no GPU."""
 
 from __future__ import annotations
@@ -17,7 +17,9 @@ ROOT = Path(__file__).resolve().parents[2]
 SHARED_NBYTES = {80: 163 << 10, 90: 227 << 10}  # that one program may have
 
 PROGRAM = """
-import sys, torch
+import re, subprocess, sys, tempfile
+import torch
+from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
@@ -36,11 +38,23 @@ class NoCard:  # kernels are chosen and compiled for it, and not launched
 driver.set_active(NoCard())
 run_it = JITFunction.run
 
+def spilled_nbytes(ptx):
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
+        file.write(ptx)
+        file.flush()
+        target = "sm_90a" if capability == 90 else "sm_80"
+        command = [knobs.nvidia.ptxas.path, "-v", "--gpu-name=" + target, file.name, "-o", "/dev/null"]
+        told = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    return sum(int(n) for n in re.findall("([0-9]+) bytes spill", told))
+
 def run(kernel, *args, **kwargs):
     made = run_it(kernel, *args, **kwargs | {"warmup": True})
     if made not in seen:
         seen.append(made)
-        print(kernel.__name__, made.metadata.shared, made.asm["ptx"].count("wgmma.mma_async"), flush=True)
+        ptx = made.asm["ptx"]
+        wide = len(re.findall("cp.async.cg.shared.global .*, 0x10", ptx))
+        wgmma = ptx.count("wgmma.mma_async")
+        print(kernel.__name__, made.metadata.shared, wgmma, wide, spilled_nbytes(ptx), flush=True)
 
 JITFunction.run = run
 seen = []
@@ -82,11 +96,14 @@ def test_every_launch_compiles(capability: int, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
     first, later = done.stdout.split("later\n")
     assert not later, "other steps of the same model had to wait for these"
-    compiled = [line.split() for line in first.splitlines()]
-    assert {name for name, _, _ in compiled} == {
-        *("_write_rows", "_decode_split", "_join_splits", "_prefill_tile", "_rotate_and_write", "_gated_silu")
-    }
-    assert all(int(shared) <= SHARED_NBYTES[capability] for _, shared, _ in compiled)
+    compiled = [(name, *map(int, numbers)) for name, *numbers in map(str.split, first.splitlines())]
+    names = ("_write_rows", "_decode_split", "_join_splits", "_prefill_tile", "_rotate_and_write", "_gated_silu")
+    assert {name for name, *_ in compiled} == set(names)
+    assert all(shared <= SHARED_NBYTES[capability] for _, shared, *_ in compiled)
+    serving = {name: numbers for name, *numbers in compiled[: len(names)]}  # bfloat16, heads of 128
+    assert set(serving) == set(names)
+    assert all(spilled == 0 for *_, spilled in serving.values()), "registers that went to memory"
+    for name in ("_decode_split", "_prefill_tile"):
+        assert serving[name][2] > 0, "keys and values are not read 16 bytes at a time"
     if capability == 90:
-        prefills = [int(num_products) for name, _, num_products in compiled if name == "_prefill_tile"]
-        assert prefills[0] > 0, "bfloat16 without the tensor cores' own instructions"
+        assert serving["_prefill_tile"][1] > 0, "without the tensor cores' own instructions"
