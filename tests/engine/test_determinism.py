@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import random
 from array import array
-from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
@@ -38,14 +37,6 @@ WINDOWED = ("mistral", "gemma2")
 DRAWN = SamplingParams(
     temperature=0.8, top_p=0.9, top_k=0, seed=7, max_tokens=NUM_NEW_TOKENS, frequency_penalty=0.3, num_logprobs=20
 )
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

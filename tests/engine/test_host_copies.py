@@ -48,11 +48,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def loaded(folder: Path) -> Iterator[LoadedModel]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield load_model(str(folder), "float32", "cpu", True)
-    torch.set_num_threads(before)
+def loaded(folder: Path) -> LoadedModel:
+    return load_model(str(folder), "float32", "cpu", True)
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import random
 from array import array
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,14 +33,6 @@ GREEDY = SamplingParams(temperature=0.0, top_p=1.0, top_k=0, seed=0, max_tokens=
 WINDOW = 9  # shorter than all prompts but one
 NEW_FAMILIES = [family for family in ALL_FAMILIES if family not in FAMILIES]  # the others: test_model_runner.py
 WINDOWED = [family for family in NEW_FAMILIES if family in WINDOWED_FAMILIES]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def make_prompts() -> list[list[int]]:
